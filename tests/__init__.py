@@ -1,0 +1,1 @@
+"""The contracts. Each test says in its first line what it guards."""
