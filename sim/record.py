@@ -153,9 +153,7 @@ def write_episode(bag, seed, index, storage="sqlite3", compressed=False, height=
             camera_header = header(stamp_ns, CAMERA_FRAME_ID)
             if frames % CAMERA_HZ == 0:
                 publish_info(receive_ns, header=camera_header, **_camera_info(renderer.camera, types))
-            publish_image(
-                receive_ns, header=camera_header, **_image(renderer.render(expert.position(t_s)), compressed)
-            )
+            publish_image(receive_ns, header=camera_header, **_image(renderer.render(expert.position(t_s)), compressed))
             frames += 1
     return frames
 
@@ -173,9 +171,7 @@ def _image(rgb, compressed):
 
 def _camera_info(camera, types):
     """Fields of sensor_msgs/CameraInfo: an undistorted pinhole with the intrinsics of `camera`."""
-    region = types["sensor_msgs/msg/RegionOfInterest"](
-        x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
-    )
+    region = types["sensor_msgs/msg/RegionOfInterest"](x_offset=0, y_offset=0, height=0, width=0, do_rectify=False)
     return dict(
         height=camera.height,
         width=camera.width,
@@ -213,9 +209,7 @@ def record(
     when the disk has no room.
     """
     out = Path(out)
-    arguments = dict(
-        episodes=episodes, seed=seed, storage=storage, compressed=compressed, height=height, width=width
-    )
+    arguments = dict(episodes=episodes, seed=seed, storage=storage, compressed=compressed, height=height, width=width)
     _check_arguments(workers=workers, **arguments)
     digits = max(3, len(str(episodes - 1)))
     bags = [out / f"episode_{index:0{digits}d}" for index in range(episodes)]
@@ -280,9 +274,7 @@ def _is_finished(out, arguments, bags):
     found = manifest["arguments"]
     if found != arguments:
         changed = [f"{k} {found.get(k)}, not {v}" for k, v in arguments.items() if found.get(k) != v]
-        raise FileExistsError(
-            f"{out} holds a recording with {', '.join(changed)}; choose another --out or remove it"
-        )
+        raise FileExistsError(f"{out} holds a recording with {', '.join(changed)}; choose another --out or remove it")
     folders = {path for path in out.iterdir() if path.is_dir()}
     if folders != set(bags) or _size_bytes(bags) != manifest.get("bytes"):
         raise FileExistsError(
