@@ -1,0 +1,63 @@
+# Two commands do everything on a fresh machine (Python >= 3.10 with venv, and a network for the first install):
+#   make demo   record bags of a simulated UR10e, train ACT on them, show what came of it
+#   make test   all tests and linters
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PY := .venv/bin/python
+UV := $(shell command -v uv || echo .uv/bin/uv)
+DEMO_EPISODES ?= 24
+TESTS ?= tests
+
+.PHONY: demo test lint constraints clean
+
+demo: .venv/installed-trainer
+	@echo "== 1/2 sample bags of a simulated UR10e (about half a minute, once)"
+	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap
+	@echo "== 2/2 training ACT on them (about 3 minutes on 2 cores)"
+	@echo "   python train.py --config sim/demo.yaml --overwrite"
+	@$(PY) train.py --config sim/demo.yaml --overwrite
+
+test: .venv/installed-all .venv-lerobot-0.4.4/installed lint
+	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
+
+lint: .venv/installed-all
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/shellcheck .ci/run
+
+# -- environments: made once, made again when a pin changes ------------------------------------------------------
+
+.uv/bin/uv:
+	@echo "== installing uv into .uv"
+	@python3 -m venv .uv || (echo "error: python3 has no venv module; Debian: apt-get install python3-venv" >&2; exit 1)
+	@.uv/bin/pip install --quiet uv
+
+.venv/installed-trainer: constraints.txt pyproject.toml | $(filter .uv/bin/uv,$(UV))
+	@echo "== installing the trainer into .venv (about a minute; 5 GB, most of it torch's CUDA libraries)"
+	@test -x $(PY) || $(UV) venv --quiet .venv
+	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --extra plots
+	@touch $@
+
+.venv/installed-all: .venv/installed-trainer
+	@echo "== installing what the tests need into .venv (lerobot 0.3.2, wandb, linters)"
+	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --all-extras
+	@touch $@
+
+.venv-lerobot-0.4.4/installed: constraints-lerobot-0.4.4.txt | $(filter .uv/bin/uv,$(UV))
+	@echo "== installing lerobot 0.4.4 into .venv-lerobot-0.4.4, for the parity tests (about a minute)"
+	@test -x .venv-lerobot-0.4.4/bin/python || $(UV) venv --quiet .venv-lerobot-0.4.4
+	@$(UV) pip install --quiet --python .venv-lerobot-0.4.4/bin/python -c constraints-lerobot-0.4.4.txt lerobot==0.4.4
+	@touch $@
+
+# Pins for Python 3.10 and up, without any index's host name. torch and torchvision go together.
+constraints: | $(filter .uv/bin/uv,$(UV))
+	$(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header --no-annotate \
+		--all-extras --upgrade-package torch==2.13.0 --upgrade-package torchvision==0.28.0 -o constraints.txt pyproject.toml
+	echo lerobot==0.4.4 | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
+		--no-annotate - -o constraints-lerobot-0.4.4.txt
+
+clean:
+	rm -rf .venv .venv-lerobot-0.4.4 .uv outputs

@@ -1,0 +1,178 @@
+"""The end of a run: one screen of text, summary.json, and a picture a person looks at before reading anything.
+
+The picture (with the extra `plots` installed): loss curves; what the camera saw; and, on one episode, the action the
+policy predicts at each recorded frame against the action that was recorded, per joint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rosbag_dataset import ChunkDataset, Episode
+
+Predict = Callable[[dict[str, np.ndarray]], torch.Tensor]
+
+
+def first_actions(episode: Episode, chunk_size: int, predict: Predict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run the policy on every recorded frame of an episode ("teacher-forced"), keeping each chunk's first action.
+
+    Returns:
+        (frames (N,) int64 that have an action, predicted (N, J), recorded (N, J)), actions in rad.
+    """
+    dataset = ChunkDataset([episode], chunk_size)
+    frames = np.array([dataset.locate(i)[1] for i in range(len(dataset))], np.int64)
+    predicted = []
+    with torch.inference_mode():
+        for first in range(0, len(dataset), 16):
+            batch = dataset.__getitems__(range(first, min(first + 16, len(dataset))))
+            predicted.append(predict(batch)[:, 0].float().cpu().numpy())
+    return frames, np.concatenate(predicted), episode.action[frames]
+
+
+def baselines(episode: Episode, frames: np.ndarray, action_mean: np.ndarray, action_mode: str) -> dict[str, np.ndarray]:
+    """The two dumb policies to beat, as (N, J) actions in rad: stay where you are, and the training data's mean."""
+    still = np.zeros_like(episode.action[frames]) if action_mode == "delta" else episode.state[frames]
+    return {"no motion": still, "mean action": np.broadcast_to(action_mean, still.shape)}
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """-> (training lines, validation lines) of metrics.jsonl."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "loss" in line], [line for line in lines if "val_l1_loss" in line]
+
+
+def draw(
+    path: Path,
+    episode: Episode,
+    frames: np.ndarray,
+    predicted: np.ndarray,
+    recorded: np.ndarray,
+    joint_names: Sequence[str],
+    fps: float,
+    title: str,
+) -> str:
+    """Draw the picture; returns what to say instead of a path when matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "none, matplotlib is not installed (pip install matplotlib)"
+    training, validation = read_metrics(path.with_name("metrics.jsonl"))
+    dataset = ChunkDataset([episode], 1)
+    cameras = list(episode.image_shape)
+    rows = 1 + -(-len(joint_names) // 3)
+    figure = plt.figure(figsize=(12, 2.9 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(rows, 6)
+
+    curves = figure.add_subplot(grid[0, :3])
+    curves.plot([m["step"] for m in training], [m["loss"] for m in training], label="loss", color="0.6")
+    curves.plot([m["step"] for m in training], [m["l1_loss"] for m in training], label="L1, training")
+    if validation:
+        curves.plot([m["step"] for m in validation], [m["val_l1_loss"] for m in validation], "o-", label="L1, held out")
+    curves.set(xlabel="step", yscale="log", title="loss (normalised units)")
+    curves.grid(alpha=0.3, which="both")
+    curves.legend()
+
+    camera = figure.add_subplot(grid[0, 3:])
+    middle = len(dataset) * 2 // 3
+    camera.imshow(np.hstack([dataset[middle][f"observation.images.{c}"] for c in cameras]))
+    seconds = frames / fps
+    camera.set_title(f"{episode.name}, {', '.join(cameras)} camera at {seconds[middle]:.1f} s", fontsize=10)
+    camera.axis("off")
+
+    for j, name in enumerate(joint_names):
+        axes = figure.add_subplot(grid[1 + j // 3, 2 * (j % 3) : 2 * (j % 3) + 2])
+        axes.plot(seconds, recorded[:, j] * 1e3, label="recorded", color="0.3", linewidth=1.8)
+        axes.plot(seconds, predicted[:, j] * 1e3, label="predicted", color="tab:orange", linewidth=1.2)
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+        if j % 3 == 0:
+            axes.set_ylabel("action, mrad per frame")
+        if j + 3 >= len(joint_names):
+            axes.set_xlabel("s")
+        if j == 0:
+            axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return str(path)
+
+
+def finish(
+    output_dir: Path,
+    episode: Episode,
+    *,
+    held_out: bool,
+    chunk_size: int,
+    predict: Predict,
+    action_mean: np.ndarray,
+    action_mode: str,
+    joint_names: Sequence[str],
+    fps: float,
+    facts: dict[str, str],
+) -> dict[str, Any]:
+    """Measure the policy on one episode, write summary.json and summary.png, and print the one-screen summary.
+
+    Args:
+        output_dir: the run's directory, with metrics.jsonl and `last` in it.
+        episode: the episode to predict on; `held_out` says whether training saw it.
+        predict: raw batch (as ChunkDataset gives) -> (B, chunk, J) actions in rad.
+        action_mean: (J,) mean action of the training data, rad.
+        facts: lines of the summary that the caller knows.
+
+    Returns:
+        What summary.json holds.
+    """
+    frames, predicted, recorded = first_actions(episode, chunk_size, predict)
+    policies = {"policy": predicted, **baselines(episode, frames, action_mean, action_mode)}
+    mae = {name: np.abs(action - recorded) for name, action in policies.items()}
+    training, validation = read_metrics(output_dir / "metrics.jsonl")
+    kind = "held-out" if held_out else "training (none was held out)"
+    unit = "rad per frame" if action_mode == "delta" else "rad"
+    picture = draw(
+        output_dir / "summary.png", episode, frames, predicted, recorded, joint_names, fps,
+        f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {episode.name}",
+    )  # fmt: skip
+    summary = {
+        **facts,
+        "episode": episode.name,
+        "held_out": held_out,
+        "mae_rad": {name: float(error.mean()) for name, error in mae.items()},
+        "mae_rad_per_joint": {
+            name: dict(zip(joint_names, error.mean(axis=0).tolist(), strict=True)) for name, error in mae.items()
+        },
+        "loss_first": training[0]["loss"] if training else None,
+        "loss_last": training[-1]["loss"] if training else None,
+        "val_l1_last": validation[-1]["val_l1_loss"] if validation else None,
+        "samples_per_s": float(np.median([m["samples_per_s"] for m in training])) if training else None,
+        "checkpoint": str(output_dir / "last" / "pretrained_model"),
+        "picture": picture,
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    lines = [(name, text) for name, text in facts.items()]
+    if training:
+        lines.append(("loss", f"{training[0]['loss']:.3f} at step {training[0]['step']}, "
+                      f"{training[-1]['loss']:.3f} at step {training[-1]['step']}"))  # fmt: skip
+        waiting = np.mean([m["data_wait_fraction"] for m in training])
+        lines.append(("speed", f"{summary['samples_per_s']:.1f} samples/s, {waiting:.1%} of it waiting for data"))
+    if validation:
+        best = min(validation, key=lambda m: m["val_l1_loss"])
+        lines.append(
+            (
+                "held out",
+                f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})",
+            )
+        )
+    errors = ", ".join(f"{name} {value:.6f}" for name, value in summary["mae_rad"].items())
+    lines.append(("error", f"mean absolute, {unit}, on the {kind} episode {episode.name}: {errors}"))
+    lines += [("checkpoint", summary["checkpoint"]), ("picture", picture)]
+    print("\n" + "\n".join(f"  {name:<11} {text}" for name, text in lines) + "\n", flush=True)
+    return summary

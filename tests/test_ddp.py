@@ -1,0 +1,207 @@
+"""Several processes train as one: real torchrun, gloo, two ranks on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from lerobot_checkpoint import load_policy, load_training_state
+from tests.test_resume import assert_same_run, wait_for_step
+from tests.tiny import ROOT, arguments, metrics, run, run_process, torchrun
+
+PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
+
+
+def test_two_ranks_train_like_one_with_twice_the_batch(sample_bags: Path, tmp_path: Path):
+    """Dropout and VAE off: AdamW's losses agree within 1e-4, validation too; rank 0 alone wrote; the effective batch
+    is said and logged."""
+    ranks = run_process(sample_bags, tmp_path / "two", launcher=torchrun(2), training__steps=8, **PLAIN)
+    assert ranks.returncode == 0, ranks.stderr
+    one = run(sample_bags, tmp_path / "one", training__steps=8, training__batch_size=4, **PLAIN)
+    ours, theirs = (metrics(d) for d in (tmp_path / "two/run", one))
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=1e-4)
+    assert [m["grad_norm"] for m in ours] == pytest.approx([m["grad_norm"] for m in theirs], rel=1e-4)
+    ours, theirs = (metrics(d, "val_l1_loss") for d in (tmp_path / "two/run", one))
+    assert [m["val_l1_loss"] for m in ours] == pytest.approx([m["val_l1_loss"] for m in theirs], rel=1e-4)
+    assert "effective batch 4 = 2 per GPU x 2" in ranks.stdout
+    assert ranks.stdout.count("training 11") == 1 and len(metrics(tmp_path / "two/run")) == 8
+    assert metrics(tmp_path / "two/run")[0]["effective_batch"] == 4
+
+
+GRADIENTS = """
+import sys, torch, train
+from pathlib import Path
+out, args = Path(sys.argv[2]), sys.argv[3:]
+grads = []
+original = torch.nn.utils.clip_grad_norm_
+def record(parameters, *rest):
+    parameters = list(parameters)
+    grads.append([p.grad.clone() for p in parameters])
+    return original(parameters, *rest)
+torch.nn.utils.clip_grad_norm_ = record
+class SGD(torch.optim.SGD):
+    def __init__(self, groups, weight_decay, fused):
+        super().__init__(groups, lr=1e-4, fused=True)
+torch.optim.AdamW = SGD
+weights = {}
+original_fit = train.Trainer.fit
+def fit(self):
+    original_fit(self)
+    weights.update(self.model.state_dict())
+    if self.world.is_main:
+        torch.save({"first": grads[0], "weights": weights}, out)
+train.Trainer.fit = fit
+sys.exit(train.main(args))
+"""
+
+
+def test_reduced_gradients_and_sgd_steps_agree(sample_bags: Path, tmp_path: Path):
+    """The loss is averaged over the *global* valid elements: padding differs between the ranks, and still the reduced
+    gradients agree within 1e-5 of each tensor's norm, and 20 SGD steps within 1e-6."""
+    results = []
+    (tmp_path / "probe.py").write_text(GRADIENTS)
+    for name, launcher, batch in (("two", torchrun(2), 2), ("one", (sys.executable,), 4)):
+        settings = {"training__steps": 20, "training__save_freq": 100, "training__grad_clip_norm": 1e9}
+        settings |= {"model__chunk_size": 60, "model__n_action_steps": 60, "training__batch_size": batch, **PLAIN}
+        command = [*launcher, str(tmp_path / "probe.py"), "train.py", str(tmp_path / f"{name}.pt")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, *arguments(sample_bags, tmp_path / name, **settings)], env=environment, cwd=ROOT,
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / f"{name}.pt"))
+    two, one = results
+    for ours, theirs in zip(two["first"], one["first"], strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
+    worst = max(float((two["weights"][n] - one["weights"][n]).abs().max()) for n in one["weights"])
+    assert worst < 1e-6
+
+
+def test_two_ranks_resume_bit_for_bit(sample_bags: Path, tmp_path: Path):
+    """Dropout and VAE on, two ranks on gloo: interrupted and resumed equals unbroken, to the last bit."""
+    for folder, stops in (("unbroken", (6,)), ("broken", (2, 6))):
+        for steps in stops:
+            done = run_process(
+                sample_bags, tmp_path / folder, "--resume", launcher=torchrun(2), training__steps=steps,
+                training__save_freq=2,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "broken/run", tmp_path / "unbroken/run")
+
+
+def test_another_number_of_ranks_keeps_the_place_and_is_said(sample_bags: Path, tmp_path: Path, capsys):
+    """Two ranks, then one: the run goes on from the same sample and says what is no longer exact."""
+    done = run_process(sample_bags, tmp_path, launcher=torchrun(2), training__steps=3)
+    assert done.returncode == 0, done.stderr
+    run(sample_bags, tmp_path, "--resume", training__steps=4)
+    assert "ranks (was 2, is 1)" in capsys.readouterr().out
+    assert load_training_state(tmp_path / "run/last")["samples_seen"] == 3 * 4 + 2
+
+
+def start(bags: Path, folder: Path, *options: str, **overrides) -> subprocess.Popen:
+    command = [*torchrun(2, *options), str(ROOT / "train.py"), *arguments(bags, folder, ("--resume",), **overrides)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(c) for c in children if "train.py" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks_together(sample_bags: Path, tmp_path: Path):
+    """torchrun only ever returns 1: the marker tells the command around it that this was a stop, exit code 75."""
+    process = start(sample_bags, tmp_path, training__steps=5000, training__log_freq=1, training__save_freq=5000)
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.count("stopped by SIGTERM at step") == 1, stderr
+    marker = json.loads((tmp_path / "run/stopped.json").read_text())
+    assert marker["exit_code"] == 75
+    assert load_training_state(tmp_path / "run/last")["step"] == marker["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_exact(sample_bags: Path, tmp_path: Path):
+    """--max-restarts: one rank is killed; torchrun restarts both, they resume by themselves (the store trap)."""
+    settings = {"training__steps": 30, "training__save_freq": 5, "training__log_freq": 1}
+    process = start(sample_bags, tmp_path / "killed", "--max-restarts=2", **settings)
+    wait_for_step(tmp_path / "killed/run", 7, process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    unbroken = run_process(sample_bags, tmp_path / "unbroken", launcher=torchrun(2), **settings)
+    assert unbroken.returncode == 0, unbroken.stderr
+    assert_same_run(tmp_path / "killed/run", tmp_path / "unbroken/run")
+
+
+def our_errors(stderr: str) -> list[str]:
+    return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__bag_dir": "/nowhere"}, ["/nowhere"]),
+        ({"data__camera_topic": "/cam"}, ["/cam"]),
+        ({"training__batch_size": "-1"}, ["training.batch_size"]),
+        ({"training__resume": "/no/checkpoint"}, ["/no/checkpoint"]),
+    ],
+)
+def test_a_mistake_under_two_ranks_is_one_line(sample_bags: Path, tmp_path: Path, overrides: dict, words: list[str]):
+    """All ranks end, one line says why, no rank reports another one's timeout."""
+    began = time.monotonic()
+    done = run_process(sample_bags, tmp_path, launcher=torchrun(2), **overrides)
+    assert done.returncode == 1
+    (line,) = our_errors(done.stderr)
+    assert all(word in line for word in words)
+    ours = done.stderr.split("torch/distributed")[0]
+    assert "Traceback" not in ours
+    assert time.monotonic() - began < 60
+
+
+def test_a_rank_that_disappears_takes_the_other_down_with_one_line(sample_bags: Path, tmp_path: Path):
+    """Killed without a word: the survivor says that another rank is gone, not a gloo traceback, within seconds."""
+    process = start(sample_bags, tmp_path, training__steps=5000, training__log_freq=1)
+    wait_for_step(tmp_path / "run", 2, process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - killed < 20
+    assert len(our_errors(stderr)) <= 1
+    assert "Connection closed" not in stderr.split("torch.distributed.elastic")[0] or our_errors(stderr)
+
+
+def test_two_nodes_without_a_shared_disk(sample_bags: Path, tmp_path: Path):
+    """--nnodes=2, two torchruns on loopback, separate output and cache directories: only rank 0 wrote, and the resumed
+    second half gets its state from rank 0."""
+    port = 20000 + os.getpid() % 20000
+    for steps in (2, 4):
+        nodes = []
+        for rank in range(2):
+            launcher = [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
+            ]  # fmt: skip
+            folder = tmp_path / f"node{rank}"
+            script = [str(ROOT / "train.py"), *arguments(sample_bags, folder, ("--resume",), training__steps=steps,
+                      data__cache_dir=folder / "cache")]  # fmt: skip
+            nodes.append(
+                subprocess.Popen([*launcher, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        results = [node.communicate(timeout=200) for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], results
+    assert load_training_state(tmp_path / "node0/run/last")["step"] == 4
+    assert not (tmp_path / "node1/run").exists()
+    assert (tmp_path / "node1/cache").exists()
+    assert load_policy(tmp_path / "node0/run") is not None
+    assert train.EXIT_STOPPED == 75

@@ -1,0 +1,404 @@
+"""The main job through its real entry: a folder of bags becomes a checkpoint, and every mistake is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import train
+from lerobot_checkpoint import load_policy
+from rosbag_dataset import load_episodes
+from tests.bags import make_take, write_bag
+from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
+from train import SampleStream, TrainingConfig, _build_scheduler, lr_factor
+
+SEVEN_FILES = {
+    "config.json",
+    "model.safetensors",
+    "policy_preprocessor.json",
+    "policy_preprocessor_step_3_normalizer_processor.safetensors",
+    "policy_postprocessor.json",
+    "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
+    "train_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of a complete tiny run; read-only for the tests."""
+    return run(sample_bags, tmp_path_factory.mktemp("finished"))
+
+
+# -- what a run leaves behind
+
+
+def test_the_checkpoint_is_the_seven_files_beside_the_training_state(finished: Path):
+    """checkpoint_NNNNNN/pretrained_model holds exactly what the seeds list; `last` is a relative link."""
+    for step in (3, 6):
+        assert {p.name for p in (finished / f"checkpoint_{step:06d}/pretrained_model").iterdir()} == SEVEN_FILES
+        assert (finished / f"checkpoint_{step:06d}/training_state").is_dir()
+    assert os.readlink(finished / "last") == "checkpoint_000006"
+
+
+def test_metrics_have_one_line_per_log_freq(finished: Path):
+    """step, loss, l1_loss, kl_loss, lr, grad_norm, samples_per_s, data_wait_fraction; the loss is their sum."""
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["l1_loss"] + 10 * line["kl_loss"], rel=1e-5)
+        assert line["lr"] == 1e-4 and line["grad_norm"] > 0 and line["samples_per_s"] > 0
+        assert 0 <= line["data_wait_fraction"] <= 1
+
+
+def test_whole_episodes_are_held_out_and_recorded(finished: Path):
+    """val_fraction 0.1 of six episodes is one whole episode, named in the contract; `best` follows its L1."""
+    contract = json.loads((finished / "last/pretrained_model/train_config.json").read_text())
+    assert len(contract["held_out_episodes"]) == 1 and len(contract["training_episodes"]) == 5
+    assert not set(contract["held_out_episodes"]) & set(contract["training_episodes"])
+    validated = {line["step"]: line["val_l1_loss"] for line in metrics(finished, "val_l1_loss")}
+    assert list(validated) == [3, 6]
+    assert os.readlink(finished / "best") == f"checkpoint_{min(validated, key=validated.get):06d}"
+
+
+def test_the_contract_says_what_a_robot_must_know(finished: Path):
+    """train_config.json: action mode, joints in order, sign, wrap, fps, resize, cameras, clock, code, whole config."""
+    contract = json.loads((finished / "last/pretrained_model/train_config.json").read_text())
+    assert contract["action_mode"] == "delta"
+    assert contract["joint_names"][0] == "shoulder_pan_joint" and len(contract["joint_names"]) == 6
+    assert (
+        contract["joint_sign"] == [1.0] * 6 and contract["wrap_angles"] is True and contract["revolute"] == [True] * 6
+    )
+    assert contract["fps"] == 30.0 and contract["time_source"] == "receive"
+    assert contract["image_resize"] == [32, 48] and "INTER_AREA" in contract["image_resize_interpolation"]
+    assert contract["cameras"] == {"color": "/camera/color/image_raw"}
+    assert contract["image_shapes"] == {"color": [32, 48]}
+    assert contract["code"]["version"] == train.VERSION and len(contract["code"]["source_sha256"]) == 64
+    assert contract["config"]["training"]["steps"] == 6
+
+
+def test_the_sync_report_and_the_summary_are_written(finished: Path):
+    """sync_report.json tells of every bag; summary.json has the errors beside the baselines; the picture is a PNG."""
+    report = json.loads((finished / "sync_report.json").read_text())
+    assert len(report["episodes"]) == 6 and report["skipped"] == [] and len(report["held_out"]) == 1
+    assert all(e["frames"] > 60 and e["topics"] for e in report["episodes"])
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["mae_rad"]) == {"policy", "no motion", "mean action"}
+    assert summary["held_out"] and summary["episode"] == report["held_out"][0]
+    assert (finished / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_errors_are_those_of_the_saved_checkpoint(finished: Path, sample_bags: Path):
+    """The mean absolute error in summary.json is recomputed from the checkpoint on disk and the bags."""
+    cfg = train.load_config(ROOT / "config.yaml", [a[11:] for a in arguments(sample_bags, finished.parent)[2:]])
+    episodes, _ = load_episodes(train.bag_settings(cfg), progress=False)
+    summary = json.loads((finished / "summary.json").read_text())
+    episode = next(e for e in episodes if e.name == summary["episode"])
+    policy = load_policy(finished)
+    errors = []
+    for batch in (train.ChunkDataset([episode], 8)[i] for i in range(0, len(episode.time_ns) - 1)):
+        image = torch.from_numpy(batch["observation.images.color"]).permute(2, 0, 1)[None] / 255
+        state = torch.from_numpy(batch["observation.state"])[None]
+        observation = {"observation.state": state, "observation.images.color": image}
+        errors.append(np.abs(policy.predict_chunk(observation)[0, 0].numpy() - batch["action"][0]))
+    assert np.mean(errors) == pytest.approx(summary["mae_rad"]["policy"], rel=1e-4)
+    recorded = episode.action[: len(errors)]
+    assert np.abs(recorded).mean() == pytest.approx(summary["mae_rad"]["no motion"], rel=1e-6)
+
+
+def test_real_lerobot_drives_the_trained_checkpoint(finished: Path):
+    """LeRobot 0.3.2 loads the run's `last` as it lies there and gives our own model's actions within 1e-5 rad."""
+    from lerobot.policies.act.modeling_act import ACTPolicy
+
+    ours = load_policy(finished)
+    theirs = ACTPolicy.from_pretrained(finished / "last" / "pretrained_model").eval()
+    generator = torch.Generator().manual_seed(0)
+    observation = {
+        "observation.state": torch.rand(1, 6, generator=generator) * 2 - 1,
+        "observation.images.color": torch.rand(1, 3, 32, 48, generator=generator),
+    }
+    with torch.no_grad():
+        expected = theirs.select_action(dict(observation))
+    assert (ours.predict_chunk(observation)[:, 0] - expected).abs().max() < 1e-5
+
+
+def test_the_same_seed_gives_the_same_run(finished: Path, sample_bags: Path, tmp_path: Path):
+    """Two runs are equal bit for bit, with loader workers or without; another seed is another run."""
+    again = run(sample_bags, tmp_path, training__num_workers=2)
+    assert [m["loss"] for m in metrics(again)] == [m["loss"] for m in metrics(finished)]
+    ours, theirs = (load_policy(d).model.state_dict() for d in (again, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    other = run(sample_bags, tmp_path / "other", training__seed=1, training__steps=2)
+    assert metrics(other)[0]["loss"] != metrics(finished)[0]["loss"]
+
+
+def test_statistics_come_from_training_episodes_only(finished: Path, sample_bags: Path):
+    """The held-out episode must not leak into the normalisation that the checkpoint carries."""
+    cfg = train.load_config(ROOT / "config.yaml", [a[11:] for a in arguments(sample_bags, finished.parent)[2:]])
+    episodes, _ = load_episodes(train.bag_settings(cfg), progress=False)
+    names = json.loads((finished / "last/pretrained_model/train_config.json").read_text())["training_episodes"]
+    states = np.concatenate([e.state for e in episodes if e.name in names]).astype(np.float64)
+    stats = load_policy(finished).stats["observation.state"]
+    np.testing.assert_allclose(np.asarray(stats["mean"]), states.mean(axis=0), rtol=1e-5)
+    everything = np.concatenate([e.state for e in episodes]).astype(np.float64).mean(axis=0)
+    assert np.abs(everything - np.asarray(stats["mean"])).max() > 1e-3
+
+
+def test_two_cameras_train_and_are_named_in_the_checkpoint(tmp_path: Path):
+    """data.camera_topics {name: topic}: each becomes observation.images.<name>, in this order."""
+    for i in range(2):
+        take = make_take(seconds=1.0, size=(40, 48), seed=i)
+        wrist = [("/wrist/image", t, message) for topic, t, message in take.messages() if topic != "/joint_states"]
+        write_bag(tmp_path / f"bags/bag_{i}", [*take.messages(), *wrist])
+    cameras = "{wrist: /wrist/image, color: /camera/color/image_raw}"
+    output = run(tmp_path / "bags", tmp_path, data__camera_topics=cameras, training__steps=2, model__chunk_size=8)
+    policy = load_policy(output)
+    assert policy.act_config.cameras == ("wrist", "color")
+    assert set(policy.stats) >= {"observation.images.wrist", "observation.images.color"}
+
+
+# -- the output directory
+
+
+def test_an_output_directory_that_holds_a_run_is_refused(sample_bags: Path, tmp_path: Path, capsys):
+    """Neither overwritten nor continued unless asked; --overwrite replaces, --resume with nothing there starts."""
+    output = run(sample_bags, tmp_path, "--resume", training__steps=2)
+    before = (output / "metrics.jsonl").read_text()
+    assert train.main(arguments(sample_bags, tmp_path, training__steps=2)) == 1
+    error = capsys.readouterr().err
+    assert "already holds a run" in error and "--resume" in error and "--overwrite" in error
+    assert (output / "metrics.jsonl").read_text() == before
+    (output / "notes.txt").write_text("mine")
+    run(sample_bags, tmp_path, "--overwrite", training__steps=1, training__log_freq=1)
+    assert [m["step"] for m in metrics(output)] == [1]
+    assert [p.name for p in sorted(output.glob("checkpoint_*"))] == ["checkpoint_000001"]
+    assert (output / "notes.txt").read_text() == "mine", "--overwrite deletes only what a run makes"
+
+
+def test_overwrite_counts_only_on_the_first_start(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """When torchrun restarts a worker it runs the same command again, which must not delete the run it restarts."""
+    output = run(sample_bags, tmp_path, training__steps=3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(sample_bags, tmp_path, "--overwrite", training__steps=6)
+    assert [m["step"] for m in metrics(output)] == [2, 3, 4, 6]
+
+
+def test_an_output_directory_that_cannot_be_written_is_one_line(sample_bags: Path, tmp_path: Path, capsys):
+    """A file lies where the folder should be."""
+    (tmp_path / "run").write_text("")
+    assert train.main(arguments(sample_bags, tmp_path)) == 1
+    assert "training.output_dir" in capsys.readouterr().err
+
+
+# -- mistakes, as a user sees them
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__bag_dir": "/nowhere/bags"}, ["data.bag_dir", "/nowhere/bags"]),
+        ({"data__camera_topic": "/cam"}, ["/cam", "/camera/color/image_raw (sensor_msgs/msg/Image"]),
+        ({"data__joint_topic": "/camera/color/image_raw"}, ["JointState", "sensor_msgs/msg/Image"]),
+        ({"data__joint_names": "[a, b, c, d, e, f]"}, ["a, b, c, d, e, f", "elbow_joint"]),
+        ({"training__device": "cuda"}, ["training.device", "cuda is not available"]),
+        ({"model__pretrained_backbone": "/no/weights.pth"}, ["model.pretrained_backbone", "/no/weights.pth"]),
+        ({"training__resume": "/no/checkpoint"}, ["/no/checkpoint"]),
+        ({"data__max_offset_ms": "0"}, ["max_offset_ms"]),
+        ({"data__ros_distro": "groovy"}, ["data.ros_distro", "groovy", "humble"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_non_zero_exit(
+    sample_bags: Path, tmp_path: Path, capsys, overrides: dict, words: list[str]
+):
+    """What was found, what was expected, where; no traceback, and no half-made run left in the way."""
+    assert train.main(arguments(sample_bags, tmp_path, **overrides)) == 1
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert all(word in errors[0] for word in words), errors[0]
+    assert not list((tmp_path / "run").glob("checkpoint_*"))
+
+
+def test_an_error_leaves_no_traceback_in_a_real_process(tmp_path: Path):
+    """The whole process: exit code, one line on stderr, nothing else."""
+    result = run_process(tmp_path / "missing", tmp_path)
+    assert str(tmp_path / "missing") in error_line(result) and result.returncode == 1
+    assert result.stderr.count("\n") == 1
+
+
+def test_pretrained_weights_come_from_a_file(sample_bags: Path, tmp_path: Path):
+    """model.pretrained_backbone: PATH starts from these weights (an offline cluster cannot download them)."""
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    model = train.ACT(train.act_config(train.Config()))
+    cfg = train.ModelConfig(pretrained_backbone=str(tmp_path / "resnet18.pth"))
+    model.load_backbone(train.backbone_weights(cfg))
+    assert torch.equal(model.backbone.conv1.weight, weights["conv1.weight"])
+    run(sample_bags, tmp_path, model__pretrained_backbone=tmp_path / "resnet18.pth", training__steps=1)
+
+
+def test_weights_that_cannot_be_downloaded_say_how_to_go_on(monkeypatch):
+    """Offline: the file to fetch, the key to set, and the way without. (The download itself is torchvision's; only
+    the refusal of the network is staged here.)"""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
+    with pytest.raises(train.ConfigError) as error:
+        train.backbone_weights(train.ModelConfig())
+    line = str(error.value)
+    assert "resnet18-f37072fd.pth" in line and "model.pretrained_backbone" in line and "false" in line
+
+
+def test_training_works_with_none_of_the_extras(sample_bags: Path, tmp_path: Path):
+    """matplotlib, wandb, lerobot, pyarrow, av and azure are not imported; only the picture is missing, and said."""
+    blocked = ("matplotlib", "wandb", "lerobot", "pyarrow", "av", "azure")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import train; sys.exit(train.main(sys.argv[2:]))"
+    result = run_process(sample_bags, tmp_path, launcher=(sys.executable, "-c", code), training__steps=2)
+    assert result.returncode == 0, result.stderr
+    assert "matplotlib is not installed" in result.stdout
+    assert not (tmp_path / "run/summary.png").exists()
+    result = run_process(
+        sample_bags, tmp_path / "w", launcher=(sys.executable, "-c", code), wandb__enabled="true", training__steps=2
+    )
+    assert "pip install wandb" in error_line(result)
+
+
+# -- Weights & Biases, the real package in offline mode
+
+
+def offline_records(folder: Path) -> list:
+    """Every record of an offline run's file: blocks of 32 KiB, each record behind 7 bytes of checksum, size, type."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("*.wandb")
+    data, position, parts, records = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or last part
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_logs_what_metrics_jsonl_holds(sample_bags: Path, tmp_path: Path):
+    """Offline, read back: project, name, tags, the config, the metrics against our own step, the camera views."""
+    result = run_process(
+        sample_bags, tmp_path, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, wandb__enabled="true",
+        wandb__run_name="001", wandb__tags="[osmo, test]",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    records = offline_records(tmp_path / "run")
+    (run_record,) = [r.run for r in records if r.HasField("run")]
+    assert run_record.project == "ur10e-act-train" and run_record.display_name == "001"
+    assert list(run_record.tags) == ["osmo", "test"]
+    config = {c.key or c.nested_key[0]: json.loads(c.value_json) for c in run_record.config.update}
+    assert config["training"]["steps"] == 6 and config["conventions"]["image_resize"] == [32, 48]
+    history = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
+    logged = [h for h in history if "l1_loss" in h]
+    for ours, theirs in zip(metrics(tmp_path / "run"), logged, strict=True):
+        assert {k: theirs[k] for k in ("step", "loss", "l1_loss", "kl_loss", "lr")} == pytest.approx(
+            {k: ours[k] for k in ("step", "loss", "l1_loss", "kl_loss", "lr")}
+        )
+    assert sum("observation.images.color" in h for h in history) == 1
+    assert list((tmp_path / "run").rglob("media/images/**/*.png"))
+    assert any(r.HasField("metric") and r.metric.step_metric == "step" for r in records)
+
+
+def test_wandb_is_not_imported_when_disabled(sample_bags: Path, tmp_path: Path):
+    """Off means off: no import, no folder."""
+    code = (
+        "import sys; import train; code = train.main(sys.argv[2:]); assert 'wandb' not in sys.modules; sys.exit(code)"
+    )
+    result = run_process(sample_bags, tmp_path, launcher=(sys.executable, "-c", code), training__steps=1)
+    assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "run").glob("wandb*"))
+
+
+# -- the learning rate
+
+
+def test_the_cosine_curve_point_by_point():
+    """Linear warm-up to the peak, half a cosine to min_lr at the last step, as a pure function of the step."""
+    training = TrainingConfig(steps=100, lr=1e-4, min_lr=1e-6, warmup_steps=10, scheduler="cosine")
+    for step in range(100):
+        if step < 10:
+            expected = 1e-4 * (step + 1) / 10
+        else:
+            expected = 1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * (step - 10) / 89)) / 2
+        assert lr_factor(step, training) * 1e-4 == pytest.approx(expected, rel=1e-9), step
+    assert lr_factor(9, training) == lr_factor(10, training) == 1.0
+    assert lr_factor(99, training) * 1e-4 == pytest.approx(1e-6)
+    assert lr_factor(500, training) * 1e-4 == pytest.approx(1e-6)  # a run that is resumed past its end
+
+
+def test_the_scheduler_keeps_the_groups_ratio():
+    """The backbone's learning rate stays its own multiple of lr at every step; `none` is constant."""
+    training = TrainingConfig(steps=20, lr=1e-4, lr_backbone=2e-5, warmup_steps=5, scheduler="cosine")
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": weights[:1], "lr": 1e-4}, {"params": weights[1:], "lr": 2e-5}])
+    scheduler = _build_scheduler(optimizer, training)
+    for step in range(20):
+        lr, lr_backbone = scheduler.get_last_lr()
+        assert lr == pytest.approx(1e-4 * lr_factor(step, training))
+        assert lr_backbone == pytest.approx(lr / 5)
+        optimizer.step()
+        scheduler.step()
+    assert {lr_factor(s, TrainingConfig()) for s in range(10)} == {1.0}
+
+
+def test_the_logged_learning_rate_is_the_one_used(sample_bags: Path, tmp_path: Path):
+    """metrics.jsonl shows the schedule's value of its own step."""
+    cosine = {"training__scheduler": "cosine", "training__warmup_steps": 2, "training__log_freq": 1}
+    output = run(sample_bags, tmp_path, training__steps=4, **cosine)
+    training = TrainingConfig(steps=4, lr=1e-4, warmup_steps=2, scheduler="cosine")
+    assert [m["lr"] for m in metrics(output)] == pytest.approx([1e-4 * lr_factor(s, training) for s in range(4)])
+
+
+# -- the order of samples
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    """N samples in a row are each sample once; the next N are another order."""
+    stream = iter(SampleStream(10, 5, rank=0, world_size=1, seed=3))
+    epochs = [next(stream) + next(stream) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("n_samples", [7, 8, 100])
+def test_ranks_share_what_one_process_would_see(n_samples: int):
+    """2 ranks x batch b see, in each step, the samples of 1 rank x batch 2b; no uneven last batch, ever."""
+    alone = iter(SampleStream(n_samples, 6, 0, 1, seed=0))
+    ranks = [iter(SampleStream(n_samples, 3, r, 2, seed=0)) for r in range(2)]
+    for _ in range(50):
+        first, second = next(ranks[0]), next(ranks[1])
+        assert [i for pair in zip(first, second, strict=True) for i in pair] == next(alone)
+
+
+def test_the_place_in_the_data_survives_another_batch_size():
+    """Starting at 12 samples gives what the unbroken stream gives after 12, whatever the batch."""
+    unbroken = iter(SampleStream(10, 4, 0, 1, seed=0))
+    for _ in range(3):
+        next(unbroken)
+    expected = next(unbroken) + next(unbroken)
+    assert next(iter(SampleStream(10, 8, 0, 1, seed=0, start=12))) == expected

@@ -1,0 +1,91 @@
+"""A training run small enough for tests: a few seconds on one core, through the entry that users call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = {
+    "conventions.image_resize": "[32, 48]",
+    "model.chunk_size": 8,
+    "model.n_action_steps": 8,
+    "model.dim_model": 32,
+    "model.n_heads": 2,
+    "model.dim_feedforward": 64,
+    "model.n_encoder_layers": 1,
+    "model.n_vae_encoder_layers": 1,
+    "model.latent_dim": 4,
+    "model.pretrained_backbone": "false",
+    "training.steps": 6,
+    "training.batch_size": 2,
+    "training.lr": 1e-4,
+    "training.lr_backbone": 1e-4,
+    "training.num_workers": 0,
+    "training.log_freq": 2,
+    "training.save_freq": 3,
+    "training.device": "cpu",
+}
+
+
+def arguments(bags: Path, folder: Path, flags: tuple[str, ...] = (), **overrides: object) -> list[str]:
+    """Command-line arguments of a tiny run on `bags` into folder/run, with a cache shared by runs on these bags.
+
+    Overrides are given as training__steps=4.
+    """
+    settings = {
+        **TINY,
+        "data.bag_dir": bags,
+        "data.cache_dir": bags.parent / "tiny-cache",
+        "training.output_dir": folder / "run",
+        **{name.replace("__", "."): value for name, value in overrides.items()},
+    }
+    pairs = [f"--override={name}={value}" for name, value in settings.items()]
+    return ["--config", str(ROOT / "config.yaml"), *pairs, *flags]
+
+
+def run(bags: Path, folder: Path, *flags: str, **overrides: object) -> Path:
+    """Train in this process; -> the output directory. Fails the test when training does."""
+    assert train.main(arguments(bags, folder, flags, **overrides)) == 0
+    return folder / "run"
+
+
+def run_process(
+    bags: Path,
+    folder: Path,
+    *flags: str,
+    launcher: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    **overrides,
+) -> subprocess.CompletedProcess:
+    """Train in a process of its own, as a user does; `launcher` replaces `python`, for example by torchrun."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), *arguments(bags, folder, flags, **overrides)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=240
+    )
+
+
+def torchrun(processes: int = 2, *options: str) -> tuple[str, ...]:
+    """Launcher for several ranks on this machine; each call gets a port of its own."""
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options)
+
+
+def metrics(output_dir: Path, field: str = "loss") -> list[dict]:
+    """The lines of metrics.jsonl that have `field`."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if field in line]
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line that a failed run must leave on stderr; no traceback, non-zero exit."""
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    return errors[0]
