@@ -8,14 +8,15 @@ MAKEFLAGS += --no-print-directory
 
 PY := .venv/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
-DEMO_EPISODES ?= 24
+DEMO_EPISODES ?= 40
 TESTS ?= tests
 
 .PHONY: demo test lint constraints clean
 
 demo: .venv/installed-trainer
-	@echo "== 1/2 sample bags of a simulated UR10e (about half a minute, once)"
-	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap
+	@echo "== 1/2 sample bags of a simulated UR10e (about 10 seconds, once)"
+	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap \
+		--height 240 --width 320
 	@echo "== 2/2 training ACT on them (about 3 minutes on 2 cores)"
 	@echo "   python train.py --config sim/demo.yaml --overwrite"
 	@$(PY) train.py --config sim/demo.yaml --overwrite

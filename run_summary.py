@@ -37,7 +37,10 @@ def first_actions(episode: Episode, chunk_size: int, predict: Predict) -> tuple[
 
 def baselines(episode: Episode, frames: np.ndarray, action_mean: np.ndarray, action_mode: str) -> dict[str, np.ndarray]:
     """The two dumb policies to beat, as (N, J) actions in rad: stay where you are, and the training data's mean."""
-    still = np.zeros_like(episode.action[frames]) if action_mode == "delta" else episode.state[frames]
+    still = np.zeros_like(episode.action[frames])
+    if action_mode == "absolute":  # the state on the turn that the recorded action is on: the one is wrapped
+        state = episode.state[frames]
+        still = state + 2 * np.pi * np.round((episode.action[frames] - state) / (2 * np.pi))
     return {"no motion": still, "mean action": np.broadcast_to(action_mean, still.shape)}
 
 
@@ -108,7 +111,7 @@ def draw(
 
 def finish(
     output_dir: Path,
-    episode: Episode,
+    episodes: Sequence[Episode],
     *,
     held_out: bool,
     chunk_size: int,
@@ -119,11 +122,11 @@ def finish(
     fps: float,
     facts: dict[str, str],
 ) -> dict[str, Any]:
-    """Measure the policy on one episode, write summary.json and summary.png, and print the one-screen summary.
+    """Measure the policy on a few episodes, write summary.json and summary.png, and print the one-screen summary.
 
     Args:
         output_dir: the run's directory, with metrics.jsonl and `last` in it.
-        episode: the episode to predict on; `held_out` says whether training saw it.
+        episodes: the episodes to predict on (the picture shows the first); `held_out`: training did not see them.
         predict: raw batch (as ChunkDataset gives) -> (B, chunk, J) actions in rad.
         action_mean: (J,) mean action of the training data, rad.
         facts: lines of the summary that the caller knows.
@@ -131,19 +134,26 @@ def finish(
     Returns:
         What summary.json holds.
     """
-    frames, predicted, recorded = first_actions(episode, chunk_size, predict)
-    policies = {"policy": predicted, **baselines(episode, frames, action_mean, action_mode)}
-    mae = {name: np.abs(action - recorded) for name, action in policies.items()}
+    errors: dict[str, list[np.ndarray]] = {}
+    shown = None
+    for episode in episodes:
+        frames, predicted, recorded = first_actions(episode, chunk_size, predict)
+        shown = shown or (episode, frames, predicted, recorded)
+        policies = {"policy": predicted, **baselines(episode, frames, action_mean, action_mode)}
+        for name, action in policies.items():
+            errors.setdefault(name, []).append(np.abs(action - recorded))
+    mae = {name: np.concatenate(parts) for name, parts in errors.items()}
     training, validation = read_metrics(output_dir / "metrics.jsonl")
     kind = "held-out" if held_out else "training (none was held out)"
+    which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
     unit = "rad per frame" if action_mode == "delta" else "rad"
     picture = draw(
-        output_dir / "summary.png", episode, frames, predicted, recorded, joint_names, fps,
-        f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {episode.name}",
+        output_dir / "summary.png", *shown, joint_names, fps,
+        f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}",
     )  # fmt: skip
     summary = {
         **facts,
-        "episode": episode.name,
+        "episodes": [episode.name for episode in episodes],
         "held_out": held_out,
         "mae_rad": {name: float(error.mean()) for name, error in mae.items()},
         "mae_rad_per_joint": {
@@ -159,20 +169,18 @@ def finish(
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     lines = [(name, text) for name, text in facts.items()]
     if training:
-        lines.append(("loss", f"{training[0]['loss']:.3f} at step {training[0]['step']}, "
-                      f"{training[-1]['loss']:.3f} at step {training[-1]['step']}"))  # fmt: skip
+        first, last = training[0], training[-1]
+        lines.append(
+            ("loss", f"{first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}")
+        )
         waiting = np.mean([m["data_wait_fraction"] for m in training])
         lines.append(("speed", f"{summary['samples_per_s']:.1f} samples/s, {waiting:.1%} of it waiting for data"))
     if validation:
         best = min(validation, key=lambda m: m["val_l1_loss"])
-        lines.append(
-            (
-                "held out",
-                f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})",
-            )
-        )
-    errors = ", ".join(f"{name} {value:.6f}" for name, value in summary["mae_rad"].items())
-    lines.append(("error", f"mean absolute, {unit}, on the {kind} episode {episode.name}: {errors}"))
+        text = f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})"
+        lines.append(("held out", text))
+    compared = ", ".join(f"{name} {value:.6f}" for name, value in summary["mae_rad"].items())
+    lines.append(("error", f"mean absolute, {unit}, on {which}: {compared}"))
     lines += [("checkpoint", summary["checkpoint"]), ("picture", picture)]
     print("\n" + "\n".join(f"  {name:<11} {text}" for name, text in lines) + "\n", flush=True)
     return summary

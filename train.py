@@ -65,6 +65,7 @@ from rosbag_dataset import (
 
 VERSION = "0.1.0"
 VALIDATION_SAMPLES = 512  # held-out samples per validation, evenly spaced over the held-out episodes
+SUMMARY_EPISODES = 5  # held-out episodes that the summary predicts on, frame by frame
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; run the same again with --resume
 
 
@@ -921,7 +922,10 @@ class Trainer:
         self.act = act_config(cfg)
         self.model = ACT(self.act)
         if fresh and (weights := backbone_weights(cfg.model)) is not None:
-            self.model.load_backbone(weights)
+            try:
+                self.model.load_backbone(weights)
+            except ValueError as error:
+                raise ConfigError(f"model.pretrained_backbone: {cfg.model.pretrained_backbone}: {error}") from None
         self.model.to(world.device)
         self.normalizer = Normalizer(self.stats).to(world.device)
         self.optimizer = torch.optim.AdamW(
@@ -1191,6 +1195,8 @@ class Trainer:
 
     def _summarise(self, parameters: int) -> None:
         cfg, frames = self.cfg, [e.report for e in self.episodes]
+        both = (self.held_out, self.train_episodes)
+        held_out, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in both)  # with any action
         self.model.eval()
 
         def predict(batch: dict[str, Any]) -> torch.Tensor:
@@ -1199,8 +1205,8 @@ class Trainer:
 
         run_summary.finish(
             self.output_dir,
-            (self.held_out or self.train_episodes)[0],
-            held_out=bool(self.held_out),
+            (held_out or seen)[:SUMMARY_EPISODES],
+            held_out=bool(held_out),
             chunk_size=cfg.model.chunk_size,
             predict=predict,
             action_mean=self.stats["action"]["mean"],

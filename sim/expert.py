@@ -11,8 +11,10 @@ import numpy as np
 from sim.scene import BLOCK_SIDE_M, random_scene
 from sim.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 
-START_LOW_M, START_HIGH_M = (-0.75, -0.35, 0.30), (-0.45, 0.35, 0.50)  # box of the tip's start
-START_WRIST_NOISE_RAD = 0.15
+# Box of the tip's start. An arm that starts anywhere looks, before it moves, like one that is half-way there; people
+# start near a home pose, and so does this one, within 10 x 20 x 10 cm.
+START_LOW_M, START_HIGH_M = (-0.60, -0.10, 0.40), (-0.50, 0.10, 0.50)
+START_WRIST_NOISE_RAD = 0.05
 APPROACH_HEIGHT_M = 0.12  # of the waypoint above the block's top
 SPEED_FRACTION = 0.35  # of the robot's speed limit, at the first stroke's fastest moment
 

@@ -1,24 +1,25 @@
 """What the soak tests share: sample bags, a comparison to the last bit, and ranks that start fast.
 
 Each run is a process of its own, forked from one that has imported torch already: a start costs a second instead of
-eight, so that fifty kills fit in minutes. Nothing of torch has run before the fork.
+eight, so that fifty kills fit in minutes. Nothing of torch but the store that torchrun would keep runs before the fork.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch.distributed as dist  # noqa: E402
+
 import train  # noqa: E402
 from lerobot_checkpoint import list_checkpoints, load_policy, verify_checkpoint  # noqa: E402
-from sim.record import record  # noqa: E402
-from tests.tiny import arguments  # noqa: E402
+from tests.tiny import ROOT, arguments  # noqa: E402
 
 LONG = {
     "training__steps": 200,
@@ -30,8 +31,12 @@ LONG = {
 
 
 def sample_bags(folder: Path) -> Path:
-    """Six short episodes below `folder`, and a frame cache beside them that every run shares."""
-    record(folder / "bags", episodes=6, seed=7, storage="mcap", height=96, width=128)
+    """Six short episodes below `folder`, and a frame cache beside them that every run shares.
+
+    Recorded in another process: OpenCV's threads, once started in this one, would not survive the forks.
+    """
+    what = ["--episodes=6", "--seed=7", "--storage=mcap", "--height=96", "--width=128"]
+    subprocess.run([sys.executable, "-m", "sim.record", f"--out={folder / 'bags'}", *what], check=True, cwd=ROOT)
     return folder / "bags"
 
 
@@ -44,9 +49,9 @@ class Run:
         self.output = folder / "run"
         self.log = folder / "log.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        port = str(random.SystemRandom().randint(20000, 60000))
         argv = arguments(bags, folder, flags, **{**LONG, **settings})
-        self.pids = [self._fork(argv, rank, ranks, port) for rank in range(ranks)]
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent has it
+        self.pids = [self._fork(argv, rank, ranks, str(self._store.port)) for rank in range(ranks)]
 
     def _fork(self, argv: list[str], rank: int, ranks: int, port: str) -> int:
         sys.stdout.flush()
@@ -62,6 +67,7 @@ class Run:
             if ranks > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
             code = train.main(argv)
         except BaseException:
             import traceback

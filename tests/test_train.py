@@ -92,7 +92,7 @@ def test_the_sync_report_and_the_summary_are_written(finished: Path):
     assert all(e["frames"] > 60 and e["topics"] for e in report["episodes"])
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary["mae_rad"]) == {"policy", "no motion", "mean action"}
-    assert summary["held_out"] and summary["episode"] == report["held_out"][0]
+    assert summary["held_out"] and summary["episodes"] == report["held_out"]
     assert (finished / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,7 +101,7 @@ def test_the_summary_errors_are_those_of_the_saved_checkpoint(finished: Path, sa
     cfg = train.load_config(ROOT / "config.yaml", [a[11:] for a in arguments(sample_bags, finished.parent)[2:]])
     episodes, _ = load_episodes(train.bag_settings(cfg), progress=False)
     summary = json.loads((finished / "summary.json").read_text())
-    episode = next(e for e in episodes if e.name == summary["episode"])
+    episode = next(e for e in episodes if [e.name] == summary["episodes"])
     policy = load_policy(finished)
     errors = []
     for batch in (train.ChunkDataset([episode], 8)[i] for i in range(0, len(episode.time_ns) - 1)):
