@@ -483,6 +483,11 @@ class World:
         except RuntimeError:  # the store is gone with the node that held it: somebody else has failed
             return False
 
+    def leave_to_main(self) -> None:
+        """Every rank has found the same error: rank 0 reports it, and its failing ends this rank."""
+        if not self.is_main:
+            time.sleep(120)
+
     def _watch(self) -> None:
         """End this rank when another has failed: it may be inside a collective that would wait for ever."""
         try:
@@ -801,6 +806,7 @@ def environment(cfg: Config, world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "precision": "float32",
         "ranks": world.size,
         "training.batch_size": cfg.training.batch_size,
     }
@@ -1090,12 +1096,13 @@ class Trainer:
         step, (asked, bad) = read
         if not bad:
             return asked > 0
+        self.world.leave_to_main()
         first = self.samples_seen - (self.step - step + 1) * self.effective_batch
         samples = [self.dataset.locate(self.stream.at(first + i)) for i in range(self.effective_batch)]
         named = ", ".join(f"{episode} frame {frame}" for episode, frame in samples[:16])
         with contextlib.suppress(CheckpointError):  # a save that fails now is not what stops the run
             self.saver.wait()
-        good = lerobot_checkpoint.newest_checkpoint(self.output_dir) if self.world.is_main else None
+        good = lerobot_checkpoint.newest_checkpoint(self.output_dir)
         raise TrainingError(
             f"step {step}: the loss or its gradient is not finite, the weights were not touched; the batch: {named}"
             f"{', ...' if len(samples) > 16 else ''}; last good checkpoint: {good or 'none'}; look at these frames, or "
@@ -1252,6 +1259,13 @@ def resize_notes(episodes: list[Episode], settings: BagSettings) -> Iterator[str
             )
 
 
+def report(world: World | None, line: str) -> None:
+    """Print the run's one error line, if no other rank was first."""
+    if world is None or world.first_to_fail():
+        above = "\n" if world is not None and world.size > 1 else ""  # rank 0's progress bar may stand in this line
+        print(f"{above}error: {line}", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python train.py`. Exit code 0: complete; 1: failed, with one line; 75: stopped by a signal, saved."""
     parser = argparse.ArgumentParser(description="Train ACT from ROS 2 bags. Every setting: see config.yaml.")
@@ -1280,8 +1294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             line = f"the GPU is out of memory; lower training.batch_size or conventions.image_resize ({line:.100})"
-        if world is None or world.first_to_fail():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        report(world, line)
         return 1
     except RuntimeError as error:
         # torch reports a killed loader worker from wherever the main thread happens to be; and a collective fails on
@@ -1300,8 +1313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             raise
-        if world is None or world.first_to_fail():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        report(world, line)
         return 1
     finally:
         if world is not None:

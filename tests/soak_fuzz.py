@@ -128,6 +128,7 @@ def main() -> None:
         for name, (storage, compression, _, jpeg) in SOURCES.items():
             path = Path(temporary) / "originals" / name.replace(" ", "").replace(",", "-") / "bag"
             originals[name] = bags.write_bag(path, messages(jpeg), storage, compression)
+            assert read(path.parent, SOURCES[name][2]) == "read", "undamaged, it must be read"
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in tqdm(range(args.count), unit="bag"):
             name = list(SOURCES)[i % len(SOURCES)]

@@ -18,6 +18,7 @@ from lerobot_checkpoint import load_policy, load_training_state
 from tests.test_resume import assert_same_run, wait_for_step
 from tests.tiny import ROOT, arguments, metrics, run, run_process, torchrun
 
+NO_VALIDATION = {"training__val_fraction": 0}
 PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
 
 
@@ -142,6 +143,33 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_exact(sample
     unbroken = run_process(sample_bags, tmp_path / "unbroken", launcher=torchrun(2), **settings)
     assert unbroken.returncode == 0, unbroken.stderr
     assert_same_run(tmp_path / "killed/run", tmp_path / "unbroken/run")
+
+
+SICK = """
+import os, sys, train
+original, calls = train.loss_terms, []
+def sick(*args):
+    calls.append(None)
+    l1_sum, n_valid, kl_sum = original(*args)
+    bad = os.environ["RANK"] == "1" and len(calls) == 3
+    return (l1_sum * float("inf") if bad else l1_sum), n_valid, kl_sum
+train.loss_terms = sick
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(sample_bags: Path, tmp_path: Path):
+    """Rank 1's loss is infinite in step 3: no rank takes that step, one line names it, all ranks exit with 1."""
+    (tmp_path / "probe.py").write_text(SICK)
+    settings = {"training__steps": 5000, "training__log_freq": 1000, "training__save_freq": 2, **NO_VALIDATION}
+    done = run_process(
+        sample_bags, tmp_path, launcher=(*torchrun(2), str(tmp_path / "probe.py")),
+        env={"PYTHONPATH": str(ROOT)}, **settings,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = our_errors(done.stderr)
+    assert "step 3:" in line and "frame" in line and "checkpoint_000002" in line
+    assert load_training_state(tmp_path / "run/last")["step"] == 2
 
 
 def our_errors(stderr: str) -> list[str]:

@@ -267,6 +267,37 @@ def test_a_save_that_fails_stops_or_goes_on_as_asked(sample_bags: Path, tmp_path
     )
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """A slow disk: steps are taken during the save, one save is in flight at a time, and what is written is the state
+    of the step that it is named after, not of the steps since."""
+    steps, spans = [0], []
+    original_step, original_move = train.Trainer._train_step, lerobot_checkpoint.move_into_place
+
+    def counted(self, raw):
+        flags = original_step(self, raw)
+        steps.append(self.step)
+        return flags
+
+    def slow(temporary, final):
+        saved, deadline = int(final.name.removeprefix("checkpoint_")), time.monotonic() + 30
+        while steps[-1] <= saved < 12 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        spans.append((saved, steps[-1]))
+        return original_move(temporary, final)
+
+    settings = {"training__steps": 12, "training__save_freq": 4, "training__val_fraction": 0}
+    plain = run(sample_bags, tmp_path / "plain", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_train_step", counted)
+        patch.setattr(lerobot_checkpoint, "move_into_place", slow)
+        slowed = run(sample_bags, tmp_path / "slow", **settings)
+    assert [saved for saved, _ in spans] == [4, 8, 12]
+    assert all(reached > saved for saved, reached in spans[:2]), "no step was taken while a checkpoint was written"
+    for name in ("checkpoint_000004", "checkpoint_000008"):
+        ours, theirs = weights(slowed / name), weights(plain / name)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 def test_old_checkpoints_are_pruned_after_a_good_save(sample_bags: Path, tmp_path: Path):
     """keep_checkpoints newest stay, and what `best` points at."""
     output = run(sample_bags, tmp_path, training__save_freq=1, training__keep_checkpoints=2)
