@@ -778,13 +778,14 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
                 f"training.output_dir: {output_dir} holds newer checkpoints ({newer[-1]}) than training.resume "
                 f"{checkpoint.name}; set another training.output_dir, or delete them"
             )
-        return checkpoint
+        if checkpoint.parent == output_dir.resolve():
+            return checkpoint
     if checkpoints or (output_dir / "metrics.jsonl").exists():
         raise ConfigError(
             f"training.output_dir: {output_dir} already holds a run; continue it with --resume, replace it with "
             "--overwrite, or set another training.output_dir"
         )
-    return None
+    return None if resume == "never" else checkpoint
 
 
 # -- what a checkpoint says of itself -----------------------------------------------------------------------------
