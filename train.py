@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import json
 import math
@@ -77,7 +78,7 @@ class TrainingError(Exception):
     """Training cannot go on: one line with the step and what to do."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # not an Exception: raised by a signal, it must pass through every `except Exception`
     """SIGTERM or SIGINT ended the run in an orderly way; the message says where it can go on."""
 
 
@@ -390,10 +391,17 @@ class World:
     """
 
     def __init__(self) -> None:
-        """DDP when RANK is set, as torchrun does; one process otherwise."""
-        ranks = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("GROUP_RANK", 0))
-        self.rank, self.local_rank, self.size, local_size, self.node = (int(os.environ.get(n, d)) for n, d in ranks)
-        self.nodes = max(1, self.size // local_size)
+        """DDP when RANK is set, as torchrun does; one process otherwise.
+
+        Raises:
+            ConfigError: RANK without the other variables that torchrun sets.
+        """
+        alone = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, GROUP_RANK=0, GROUP_WORLD_SIZE=1)
+        missing = [name for name in (*alone, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if "RANK" in os.environ and missing:
+            raise ConfigError(f"RANK is set, but {', '.join(missing)} not; start several processes through torchrun")
+        numbers = (int(os.environ.get(name, default)) for name, default in alone.items())
+        self.rank, self.local_rank, self.size, self.node, self.nodes = numbers
         self.is_main = self.rank == 0
         self.device = torch.device("cpu")
         self._store = self._connect(serve=self.is_main) if "RANK" in os.environ else None
@@ -405,7 +413,7 @@ class World:
         """The ranks' store, with keys of their own in each round: torchrun keeps one store over its restarts, and the
         first round's keys in it make the second round's rendezvous hang."""
         agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=serve and not agent_serves, wait_for_workers=False)
         return dist.PrefixStore(f"round{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -600,6 +608,11 @@ class SampleStream(Sampler[list[int]]):
             first += size
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A generator seed of 63 bits for one step of one rank, unrelated to its neighbours'."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big") >> 1
+
+
 def ignore_signals(worker: int) -> None:
     """Loader workers leave Ctrl-C and preemption to the trainer, which needs them for one more step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -658,16 +671,8 @@ class _NoWandb:
     def finish(self, exit_code: int = 0) -> None: ...
 
 
-def _init_wandb(cfg: Config, output_dir: Path, is_main: bool, run_id: str | None) -> Any:
-    """A wandb run on rank 0 when wandb.enabled, an object that does nothing otherwise; wandb is imported only then.
-
-    `run_id` continues an earlier run. Curves are drawn against `step`, ours, so that a resumed run overlaps rightly.
-
-    Raises:
-        ConfigError: the package is missing.
-    """
-    if not (cfg.wandb.enabled and is_main):
-        return _NoWandb()
+def import_wandb() -> Any:
+    """The package wandb. Raises ConfigError when it is missing."""
     try:
         import wandb
     except ImportError:
@@ -675,15 +680,33 @@ def _init_wandb(cfg: Config, output_dir: Path, is_main: bool, run_id: str | None
             "wandb.enabled: true, but the package wandb is not installed; "
             "run: pip install wandb, or set wandb.enabled to false"
         ) from None
-    run = wandb.init(
-        project=cfg.wandb.project,
-        name=cfg.wandb.run_name,
-        tags=cfg.wandb.tags,
-        config=dataclasses.asdict(cfg),
-        dir=str(output_dir),
-        id=run_id,
-        resume="allow",
-    )
+    return wandb
+
+
+def _init_wandb(cfg: Config, output_dir: Path, is_main: bool, run_id: str | None) -> Any:
+    """A wandb run on rank 0 when wandb.enabled, an object that does nothing otherwise; wandb is imported only then.
+
+    `run_id` continues an earlier run. Curves are drawn against `step`, ours, so that a resumed run overlaps rightly.
+
+    Raises:
+        ConfigError: the package is missing, or wandb cannot start.
+    """
+    if not (cfg.wandb.enabled and is_main):
+        return _NoWandb()
+    wandb = import_wandb()
+    try:
+        run = wandb.init(
+            project=cfg.wandb.project,
+            name=cfg.wandb.run_name,
+            tags=cfg.wandb.tags,
+            config=dataclasses.asdict(cfg),
+            dir=str(output_dir),
+            id=run_id,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"wandb.enabled: wandb cannot start ({reason}); log in, or set WANDB_MODE=offline") from None
     run.define_metric("*", step_metric="step")
     return run
 
@@ -692,8 +715,7 @@ def log_camera_views(run: Any, batch: dict[str, torch.Tensor]) -> None:
     """One batch of what the network sees, so that a person sees it too."""
     if isinstance(run, _NoWandb):
         return
-    import wandb
-
+    wandb = import_wandb()
     views = {
         name: [wandb.Image(image.numpy()) for image in batch[name][:8]]
         for name in batch
@@ -741,6 +763,22 @@ STOP_MARKER = "stopped.json"  # what the command around torchrun, which only eve
 RUN_FILES = ("metrics.jsonl", "sync_report.json", "summary.json", "summary.png", "last", "best", STOP_MARKER)
 
 
+_output_lock: Any = None  # held until this process ends or trains elsewhere
+
+
+def lock_output(output_dir: Path) -> None:
+    """One run at a time in an output directory: a second would delete the save that the first has in flight.
+
+    A POSIX lock: it dies with its process, and loader workers do not inherit it. Raises ConfigError.
+    """
+    global _output_lock
+    _output_lock = (output_dir / ".lock").open("w")
+    try:
+        fcntl.lockf(_output_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"training.output_dir: {output_dir}: another process is training there now") from None
+
+
 def open_output(cfg: Config, overwrite: bool) -> Path | None:
     """Make the output directory ready (called on rank 0) and choose what to resume from.
 
@@ -758,6 +796,7 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
         probe.unlink()
     except OSError as exc:
         raise ConfigError(f"training.output_dir: {output_dir}: cannot write there ({exc.strerror})") from None
+    lock_output(output_dir)
     (output_dir / STOP_MARKER).unlink(missing_ok=True)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun runs the same command again
     if overwrite and not restarted:
@@ -767,7 +806,9 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
     for leftover in lerobot_checkpoint.clean_leftovers(output_dir):
         print(f"removed {leftover}, left by a save that was cut short")
     if resume == "auto" or restarted:
-        return lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=lambda line: print(f"passed over {line}"))
+        newest = lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=lambda line: print(f"passed over {line}"))
+        if newest is not None or resume in ("auto", "never"):
+            return newest
     checkpoints = lerobot_checkpoint.list_checkpoints(output_dir)
     if resume != "never":
         checkpoint = Path(resume).resolve()
@@ -827,6 +868,14 @@ def fingerprint(cfg: Config, act: ACTConfig, train: list[Episode], held_out: lis
     }
 
 
+def schedule(training: TrainingConfig) -> dict[str, Any]:
+    """What a resumed run may change, and says: how it learns from here on."""
+    keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler"]
+    if training.scheduler == "cosine":
+        keys += ["warmup_steps", "min_lr", "steps"]
+    return {f"training.{name}": getattr(training, name) for name in keys}
+
+
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One text per key whose value is not the same in both."""
     was, now = json.loads(json.dumps(was)), json.loads(json.dumps(now))  # tuples are lists after a file
@@ -881,9 +930,14 @@ class Trainer:
         self.say = print if world.is_main else (lambda *values, **options: None)
         self.output_dir = Path(cfg.training.output_dir)
         resume_from = world.share(open_output(cfg, overwrite) if world.is_main else None)
+        # What can be refused at once is, before an hour of decoding.
+        if cfg.wandb.enabled and world.is_main:
+            import_wandb()
+        weights = backbone_weights(cfg.model) if resume_from is None else None
         self._prepare_data()
-        self._build_model(fresh=resume_from is None)
+        self._build_model(weights)
         self.run_id: str | None = None
+        self.validation_due: Path | None = None  # a checkpoint made by a stop that left no time to validate
         self.step, self.samples_seen, self.best_l1 = 0, 0, math.inf
         # loss, L1, KL, gradient norm summed since the last line of metrics.jsonl, and the number of steps
         self.window = torch.zeros(5, device=world.device)
@@ -923,12 +977,12 @@ class Trainer:
 
     # Model and optimizer.
 
-    def _build_model(self, fresh: bool) -> None:
+    def _build_model(self, weights: dict[str, torch.Tensor] | None) -> None:
         cfg, world, training = self.cfg, self.world, self.cfg.training
         torch.manual_seed(training.seed)  # the same weights on every rank; DDP would also copy rank 0's
         self.act = act_config(cfg)
         self.model = ACT(self.act)
-        if fresh and (weights := backbone_weights(cfg.model)) is not None:
+        if weights is not None:
             try:
                 self.model.load_backbone(weights)
             except ValueError as error:
@@ -966,10 +1020,23 @@ class Trainer:
         self.window.copy_(state["window"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.best_l1, self.run_id = state["best_l1"], state["wandb_id"]
+        self.validation_due = checkpoint if state["validation_due"] else None
+        if changed := differences(state["schedule"], schedule(self.cfg.training)):
+            self.say(f"note: from here on with other settings: {'; '.join(changed)}")
+            self._apply_schedule()
         self.say(f"resuming from {checkpoint} at step {self.step}")
         changed = differences(state["environment"], environment(self.cfg, self.world))
         if changed:
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
+
+    def _apply_schedule(self) -> None:
+        """The config's learning rates and weight decay over those that the optimizer's state brought along."""
+        training = self.cfg.training
+        self.scheduler.base_lrs = [training.lr, training.lr_backbone]
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["initial_lr"], group["weight_decay"] = lr, training.weight_decay
+            group["lr"] = lr * lr_factor(self.step, training)
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # The loop.
 
@@ -1013,9 +1080,11 @@ class Trainer:
         )  # fmt: skip
         self.late = LateRead(world.device)
         self.stop.saves = True
-        self._restart_clock()
         exit_code = 1
         try:
+            if self.validation_due is not None and self._validate() and world.is_main:
+                lerobot_checkpoint.point_link(self.output_dir, "best", self.validation_due)
+            self._restart_clock()
             self._loop(loader)
             exit_code = 0
         finally:
@@ -1040,17 +1109,14 @@ class Trainer:
             # Flags of the step before this one, which the device has long finished; the present one's only where
             # the host reads from the device anyway.
             stopping = self._heed(self.late.push(self.step, flags))
-            if last or self.step % training.log_freq == 0 or self.step % training.save_freq == 0:
+            if last or stopping or self.step % training.log_freq == 0 or self.step % training.save_freq == 0:
                 stopping |= self._heed(self.late.flush())
             if last or self.step % training.log_freq == 0:
                 self._log()
             if last or stopping or self.step % training.save_freq == 0:
-                self._save(validated=not stopping)
+                self._save(validate=last or not stopping)
             if stopping and not last:
                 self._wait_for_save()
-                if self.world.is_main:
-                    marker = {"exit_code": EXIT_STOPPED, "step": self.step, "signal": self.stop.name}
-                    (self.output_dir / STOP_MARKER).write_text(json.dumps(marker) + "\n")
                 raise Stopped(f"{self.stop.name or 'another rank'} at step {self.step}; saved, continue with --resume")
         self._wait_for_save()
 
@@ -1065,7 +1131,7 @@ class Trainer:
         training, world = self.cfg.training, self.world
         batch = prepare(raw, self.normalizer, world.device)
         # Dropout and the VAE's noise depend on seed, step and rank alone, so that no generator state needs saving.
-        torch.manual_seed((training.seed << 40) + (self.step << 12) + world.rank)
+        torch.manual_seed(step_seed(training.seed, self.step, world.rank))
         prediction, (mu, log_sigma_x2) = self.ddp(batch)
         l1_sum, n_valid, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
         # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
@@ -1130,13 +1196,25 @@ class Trainer:
         self._restart_clock()
 
     def _append(self, line: dict[str, Any]) -> None:
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        try:
             with (self.output_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.run.log(line)
+        except OSError as error:
+            if self.cfg.training.on_save_error == "stop":
+                raise
+            print(f"warning: {file.name}: {error.strerror}; step {line['step']} is not in it", file=sys.stderr)
+        self.run.log(line)
 
-    def _validate(self) -> float:
-        """Masked L1 (normalised units, latent zero) on evenly spaced held-out samples, shared among the ranks."""
+    def _validate(self) -> bool:
+        """Masked L1 (normalised units, latent zero) on evenly spaced held-out samples, shared among the ranks.
+
+        Returns:
+            Whether it is the lowest so far; False when no episode is held out.
+        """
+        if not len(self.held_out_dataset):
+            return False
         world, batch_size = self.world, self.cfg.training.batch_size
         wanted = min(VALIDATION_SAMPLES, len(self.held_out_dataset))
         mine = [i * len(self.held_out_dataset) // wanted for i in range(wanted)][world.rank :: world.size]
@@ -1151,17 +1229,17 @@ class Trainer:
                 sums += torch.stack([l1_sum, n_valid.to(l1_sum.dtype)])
         self.model.train()
         l1_sum, n_valid = world.sum(sums).tolist()
-        self._append({"step": self.step, "val_l1_loss": l1_sum / n_valid, "val_samples": wanted})
-        return l1_sum / n_valid
+        val_l1 = l1_sum / n_valid
+        self._append({"step": self.step, "val_l1_loss": val_l1, "val_samples": wanted})
+        better = val_l1 < self.best_l1
+        self.best_l1 = min(val_l1, self.best_l1)
+        return better
 
-    def _save(self, validated: bool) -> None:
+    def _save(self, validate: bool) -> None:
         """Validate (not when stopping: there is no time) and hand a checkpoint to the background saver."""
         paused_s = time.perf_counter()
-        better = False
-        if validated and len(self.held_out_dataset):
-            l1 = self._validate()
-            better = l1 < self.best_l1
-            self.best_l1 = min(l1, self.best_l1)
+        better = validate and self._validate()
+        due = not validate and self.step % self.cfg.training.save_freq == 0  # the resumed run makes up for it
         if self.world.is_main:
             self.saver.submit(
                 self.output_dir,
@@ -1186,6 +1264,8 @@ class Trainer:
                     "step": self.step,
                     "samples_seen": self.samples_seen,
                     "best_l1": self.best_l1,
+                    "validation_due": due,
+                    "schedule": schedule(self.cfg.training),
                     "wandb_id": self.run.id,
                     "window": self.window,
                     "optimizer": self.optimizer.state_dict(),
@@ -1276,7 +1356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output_dir")
     args = parser.parse_args(argv)
     stop = StopSignal()
-    world = None
+    world = cfg = None
     try:
         world = World()
         cfg = load_config(args.config, args.override)
@@ -1284,18 +1364,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--resume and --overwrite: choose one")
         if args.resume and cfg.training.resume == "never":
             cfg.training.resume = "auto"
+        if args.overwrite and cfg.training.resume != "never":
+            raise ConfigError(f"training.resume: found {cfg.training.resume}, expected never with --overwrite")
         world.start(cfg.training.device)
         Trainer(cfg, world, stop, args.overwrite).fit()
         return 0
     except Stopped as stopped:
         if world is None or world.is_main:
             print(f"stopped by {stopped}", file=sys.stderr, flush=True)
+            if cfg is not None:
+                marker = {"exit_code": EXIT_STOPPED, "stopped by": str(stopped)}
+                with contextlib.suppress(OSError):
+                    Path(cfg.training.output_dir).mkdir(parents=True, exist_ok=True)
+                    (Path(cfg.training.output_dir) / STOP_MARKER).write_text(json.dumps(marker) + "\n")
         return EXIT_STOPPED
     except (ConfigError, BagError, CheckpointError, TrainingError, torch.OutOfMemoryError) as error:
         line = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             line = f"the GPU is out of memory; lower training.batch_size or conventions.image_resize ({line:.100})"
         report(world, line)
+        return 1
+    except OSError as error:
+        report(world, f"{error.filename or 'writing the run'}: {error.strerror or error}; continue with --resume")
         return 1
     except RuntimeError as error:
         # torch reports a killed loader worker from wherever the main thread happens to be; and a collective fails on

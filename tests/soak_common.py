@@ -66,7 +66,7 @@ class Run:
             os.dup2(log, 2)
             if ranks > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-                os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                os.environ.update(GROUP_RANK="0", GROUP_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
                 os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
             code = train.main(argv)
         except BaseException:

@@ -87,6 +87,49 @@ def test_another_batch_size_keeps_the_place_and_is_said(sample_bags: Path, tmp_p
     assert state["samples_seen"] == 3 * 2 + 3 * 4
 
 
+def test_another_learning_rate_counts_from_there_and_is_said(sample_bags: Path, tmp_path: Path, capsys):
+    """lr, lr_backbone and weight decay are the config's, not those that the optimizer's state brought along."""
+    run(sample_bags, tmp_path, training__steps=2)
+    changed = {"training__lr": 5e-4, "training__lr_backbone": 2e-4, "training__weight_decay": 0.5}
+    output = run(sample_bags, tmp_path, "--resume", training__steps=4, **changed)
+    said = capsys.readouterr().out
+    assert "training.lr (was 0.0001, is 0.0005)" in said and "training.weight_decay (was 0.0001, is 0.5)" in said
+    assert [m["lr"] for m in metrics(output)] == [1e-4, 5e-4]
+    groups = load_training_state(output / "last")["optimizer"]["param_groups"]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(5e-4, 0.5), (2e-4, 0.5)]
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up_for(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """Stopped in a step that should have validated: the resumed run has the line, `best`, and the rest, as unbroken."""
+    settings = {"training__steps": 6, "training__save_freq": 2, "training__log_freq": 1}
+    unbroken = run(sample_bags, tmp_path / "a", **settings)
+    original = train.Trainer._train_step
+
+    def stopped(self, raw):
+        if self.step == 3:
+            self.stop.name = "SIGTERM"
+        return original(self, raw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_train_step", stopped)
+        assert train.main(arguments(sample_bags, tmp_path / "b", **settings)) == 75
+    assert [m["step"] for m in metrics(tmp_path / "b/run", "val_l1_loss")] == [2]
+    broken = run(sample_bags, tmp_path / "b", "--resume", **settings)
+    assert_same_run(broken, unbroken)
+    assert (broken / "best").readlink() == (unbroken / "best").readlink()
+
+
+def test_two_runs_in_one_output_directory_are_refused(sample_bags: Path, tmp_path: Path):
+    """The second would delete the save that the first has in flight."""
+    process = start(sample_bags, tmp_path, training__steps=5000, training__log_freq=1)
+    try:
+        wait_for_step(tmp_path / "run", 1, process)
+        assert "another process is training there" in error_line(run_process(sample_bags, tmp_path, "--resume"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -169,7 +212,8 @@ def test_a_signal_saves_and_exits_75_and_the_run_continues_exactly(
     output = tmp_path / "run"
     saved, logged = load_training_state(output / "last")["step"], metrics(output)[-1]["step"]
     assert saved == logged < 40
-    assert json.loads((output / "stopped.json").read_text()) == {"exit_code": 75, "step": saved, "signal": number.name}
+    marker = json.loads((output / "stopped.json").read_text())
+    assert marker["exit_code"] == 75 and f"{number.name} at step {saved};" in marker["stopped by"]
     run(sample_bags, tmp_path, "--resume", **long)
     assert not (output / "stopped.json").exists()
     assert_same_run(output, run(sample_bags, tmp_path / "unbroken", **long))
@@ -195,6 +239,7 @@ def test_a_signal_while_bags_are_decoded_exits_75_at_once(sample_bags: Path, tmp
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75, stderr
     assert "before the first step" in stderr and "Traceback" not in stderr
+    assert json.loads((tmp_path / "run/stopped.json").read_text())["exit_code"] == 75
     run(sample_bags, tmp_path, "--resume", training__steps=1, data__cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*")), "leftovers of the killed conversion"
 

@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_run(finished: Path, sample_bags: Path, tmp
     assert [m["loss"] for m in metrics(again)] == [m["loss"] for m in metrics(finished)]
     ours, theirs = (load_policy(d).model.state_dict() for d in (again, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    other = run(sample_bags, tmp_path / "other", training__seed=1, training__steps=2)
+    other = run(sample_bags, tmp_path / "other", training__seed=20261122, training__steps=2)
     assert metrics(other)[0]["loss"] != metrics(finished)[0]["loss"]
 
 
@@ -212,6 +212,7 @@ def test_an_output_directory_that_cannot_be_written_is_one_line(sample_bags: Pat
         ({"model__pretrained_backbone": "/no/weights.pth"}, ["model.pretrained_backbone", "/no/weights.pth"]),
         ({"training__resume": "/no/checkpoint"}, ["/no/checkpoint"]),
         ({"data__max_offset_ms": "0"}, ["max_offset_ms"]),
+        ({"training__seed": -1}, ["training.seed", "at least 0"]),
         ({"data__ros_distro": "groovy"}, ["data.ros_distro", "groovy", "humble"]),
     ],
 )
@@ -231,6 +232,12 @@ def test_an_error_leaves_no_traceback_in_a_real_process(tmp_path: Path):
     result = run_process(tmp_path / "missing", tmp_path)
     assert str(tmp_path / "missing") in error_line(result) and result.returncode == 1
     assert result.stderr.count("\n") == 1
+
+
+def test_rank_without_torchrun_is_refused(sample_bags: Path, tmp_path: Path):
+    """A launcher that sets RANK alone would otherwise wait for ranks that never come."""
+    line = error_line(run_process(sample_bags, tmp_path, env={"RANK": "0", "WORLD_SIZE": "2"}))
+    assert "MASTER_ADDR" in line and "torchrun" in line
 
 
 def test_pretrained_weights_come_from_a_file(sample_bags: Path, tmp_path: Path):
