@@ -849,6 +849,7 @@ def environment(cfg: Config, world: World) -> dict[str, Any]:
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "precision": "float32",
+        "memory format": "weights contiguous, images channels last",
         "ranks": world.size,
         "training.batch_size": cfg.training.batch_size,
     }
