@@ -1061,6 +1061,7 @@ def _check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: S
             )
 
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _counters: Any = None  # (images, bytes) shared with the decoding processes
 
 
@@ -1069,6 +1070,7 @@ def _start_worker(counters: Any) -> None:
     _counters = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it terminates us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -1114,10 +1116,14 @@ def _build_entries(
     # One bag per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
     # child that touches it (even to switch it off) waits for threads that are not there.
     cv2.setNumThreads(1)
+    # A signal that arrives while processes are being forked would raise in the middle of it, or in the child.
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
-        bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
-        pending = set(bag_of)
+        pending: set[Future] = set()
         try:
+            bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
+            pending = set(bag_of)
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             while pending:
                 done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
                 bar.n = counters[0]
@@ -1142,6 +1148,7 @@ def _build_entries(
         finally:
             for future in pending:
                 future.cancel()
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             cv2.setNumThreads(opencv_threads)
     return failed
 
