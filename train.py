@@ -962,11 +962,11 @@ class Trainer:
         self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
         self.identity = fingerprint(cfg, act_config(cfg), self.train_episodes, self.held_out)
+        self.contract = robot_contract(cfg, self.train_episodes, self.held_out)  # once: it hashes the code that runs
         for rank, identity in enumerate(world.gather(self.identity)):
-            if differences(identity, self.identity):
+            if different := "; ".join(differences(identity, self.identity)):
                 raise TrainingError(
-                    f"ranks {rank} and {world.rank} have different data: "
-                    f"{'; '.join(differences(identity, self.identity))}; give every node the same bags"
+                    f"ranks {rank} and {world.rank} have different data: {different}; give every node the same bags"
                 )
         if world.is_main:
             reports = [episode.report for episode in episodes]
@@ -1260,7 +1260,7 @@ class Trainer:
                     "optimizer_weight_decay": self.cfg.training.weight_decay,
                     "optimizer_lr_backbone": self.cfg.training.lr_backbone,
                 },
-                train_config=robot_contract(self.cfg, self.train_episodes, self.held_out),
+                train_config=self.contract,
                 training_state={
                     "step": self.step,
                     "samples_seen": self.samples_seen,
