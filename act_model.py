@@ -346,6 +346,8 @@ class ACT(nn.Module):
     def image_positions(self, height: int, width: int, device: torch.device) -> Tensor:
         """The image tokens' position embedding, (height * width, 1, D) float32, computed once for each size."""
         key = (height, width, device)
+        if torch.compiler.is_compiling():  # a cache that fills would make it compile twice
+            return sinusoidal_positions_2d(height, width, self.config.dim_model, device).flatten(0, 1).unsqueeze(1)
         if key not in self._image_positions:
             with torch.inference_mode(False):  # an ordinary tensor, which a later training step may use too
                 positions = sinusoidal_positions_2d(height, width, self.config.dim_model, device)

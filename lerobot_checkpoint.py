@@ -116,6 +116,14 @@ class Normalizer:
             batch[key] = (batch[key].float() - pair["mean"]) / (pair["std"] + EPS)
         return batch
 
+    def unnormalize_images(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A normalised batch's images (..., 3, H, W) in [0, 1] again, {feature: images}, float32."""
+        return {
+            key: (batch[key].float() * (pair["std"] + EPS) + pair["mean"]).clamp(0, 1)
+            for key, pair in self.stats.items()
+            if key.startswith(IMAGE_PREFIX)
+        }
+
     def unnormalize_action(self, action: Tensor) -> Tensor:
         """The model's actions (..., action_dim) in the robot's units, float32."""
         pair = self.stats[ACTION]

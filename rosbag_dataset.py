@@ -1286,16 +1286,22 @@ class ChunkDataset:
         action                       (B, chunk, J) float32, raw; zeros where padded
         action_is_pad                (B, chunk) bool: past the segment's end
         index                        (B,) int64 sample indices, to say which sample made trouble
+
+    With `images` False, for frames that live on the device, instead of the images
+        image_index.<camera>         (B,) int64 among all stored images of the episodes, one episode after the other
     """
 
-    def __init__(self, episodes: Sequence[Episode], chunk_size: int) -> None:
+    def __init__(self, episodes: Sequence[Episode], chunk_size: int, images: bool = True) -> None:
         self.episodes = list(episodes)
+        self.images = images
         self.chunk_size = chunk_size
         stops = [episode.action_stop for episode in self.episodes]
         frames = [np.flatnonzero(np.arange(len(stop)) < stop) for stop in stops]
         self._episode_of = np.repeat(np.arange(len(frames)), [len(f) for f in frames])
         self._frame_of = np.concatenate(frames) if frames else np.zeros(0, np.int64)
         self._stop_of = np.concatenate([s[f] for s, f in zip(stops, frames, strict=True)]) if frames else self._frame_of
+        cameras = self.episodes[0].image_shape if self.episodes else ()
+        self._first_image = {c: np.cumsum([0, *(e.stored_images[c] for e in self.episodes)]) for c in cameras}
         self._pixels: dict[tuple[int, str], np.ndarray] = {}
         self._allow_open_files()
 
@@ -1329,7 +1335,10 @@ class ChunkDataset:
             "index": np.asarray(indices, np.int64),
         }
         for camera, shape in self.episodes[0].image_shape.items():
-            batch[f"observation.images.{camera}"] = np.empty((batch_size, *shape, 3), np.uint8)
+            if self.images:
+                batch[f"observation.images.{camera}"] = np.empty((batch_size, *shape, 3), np.uint8)
+            else:
+                batch[f"image_index.{camera}"] = np.empty(batch_size, np.int64)
         for b, i in enumerate(indices):
             e, t = int(self._episode_of[i]), int(self._frame_of[i])
             episode = self.episodes[e]
@@ -1338,9 +1347,13 @@ class ChunkDataset:
             batch["action"][b, :count] = episode.action[t : t + count]
             batch["action_is_pad"][b, :count] = False
             for camera in episode.image_shape:
-                if (e, camera) not in self._pixels:
-                    self._pixels[e, camera] = open_pixels(episode, camera)
-                batch[f"observation.images.{camera}"][b] = self._pixels[e, camera][episode.image_index[camera][t]]
+                image = episode.image_index[camera][t]
+                if self.images:
+                    if (e, camera) not in self._pixels:
+                        self._pixels[e, camera] = open_pixels(episode, camera)
+                    batch[f"observation.images.{camera}"][b] = self._pixels[e, camera][image]
+                else:
+                    batch[f"image_index.{camera}"][b] = self._first_image[camera][e] + image
         return batch
 
 

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -46,6 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+import augment
 import lerobot_checkpoint
 import run_summary
 from act_model import ACT, ACTConfig, loss_terms
@@ -59,6 +61,7 @@ from rosbag_dataset import (
     Episode,
     compute_stats,
     load_episodes,
+    open_pixels,
     report_table,
     settings_from,
     split_episodes,
@@ -108,6 +111,7 @@ class DataConfig:
     image_stats: str = key("imagenet", "what normalises images", choices=("imagenet", "dataset"))
     ros_distro: str = key("humble", "whose message definitions decode the bags")
     on_bad_bag: str = key("error", "what a bag that cannot be used does", choices=("error", "skip"))
+    frames_on_device: str = key("auto", "auto: frames live on the GPU when they fit", choices=("auto", "never"))
 
 
 @dataclass
@@ -117,6 +121,20 @@ class ConventionsConfig:
     wrap_angles: bool = key(True, "wrap revolute joints to (-pi, pi], and their deltas across the seam")
     image_resize: list[int] | None = key(None, "[height, width] of the frames, pixels; null keeps the camera's")
     action_mode: str = key("delta", "what the policy predicts per frame, rad", choices=("delta", "absolute"))
+
+
+@dataclass
+class AugmentationConfig:
+    """Random changes of the training images; never of held-out episodes, nor of anything but images."""
+
+    enabled: bool = key(False, "change training images at random")
+    brightness: float = key(0.2, "factor from 1 -/+ this", low=0.0)
+    contrast: float = key(0.2, "factor from 1 -/+ this", low=0.0)
+    saturation: float = key(0.5, "factor from 1 -/+ this", low=0.0)
+    hue: float = key(0.05, "turn of -/+ this part of the colour circle", low=0.0)
+    rotate_deg: float = key(5.0, "rotation of -/+ this, degrees", low=0.0)
+    translate: float = key(0.05, "shift of -/+ this part of height and width", low=0.0)
+    scale: float = key(0.0, "factor from 1 -/+ this", low=0.0)
 
 
 @dataclass
@@ -163,6 +181,8 @@ class TrainingConfig:
     output_dir: str = key("outputs/train-rosbag-act", "where the run goes", path=True)
     val_fraction: float = key(0.1, "share of whole episodes held out; at least one of five or more", low=0.0)
     device: str = key("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
+    precision: str = key("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
+    compile: str = key("auto", "torch.compile; auto: off", choices=("auto", "true", "false"))
     resume: str = key("never", "auto: from the newest checkpoint, never, or a checkpoint's path", path=True)
 
 
@@ -180,6 +200,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     conventions: ConventionsConfig = field(default_factory=ConventionsConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -529,12 +550,18 @@ class StopSignal:
         self.saves = False
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
 
+    def early(self) -> Stopped | None:
+        """What a signal that came before training proper raises."""
+        if self.saves or not self.name:
+            return None
+        return Stopped(f"{self.name} before the first step; start again with the same command")
+
     def _receive(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
-        if not self.saves:
-            raise Stopped(f"{self.name} before the first step; start again with the same command")
+        if early := self.early():
+            raise early
 
     def restore(self) -> None:
         """Put the handlers back that were there before."""
@@ -608,9 +635,9 @@ class SampleStream(Sampler[list[int]]):
             first += size
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A generator seed of 63 bits for one step of one rank, unrelated to its neighbours'."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big") >> 1
+def step_seed(seed: int, step: int, rank: int, use: str = "") -> int:
+    """A generator seed of 63 bits for one step of one rank and one use, unrelated to its neighbours'."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {use}".encode()).digest()[:8], "big") >> 1
 
 
 def ignore_signals(worker: int) -> None:
@@ -624,16 +651,87 @@ def to_tensors(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def prepare(batch: dict[str, torch.Tensor], normalizer: Normalizer, device: torch.device) -> dict[str, torch.Tensor]:
-    """Move a batch to the device and normalise it there; frames travel as uint8, a quarter of float's bytes.
+class DeviceFrames:
+    """All decoded frames of some episodes on the device, so that the loader sends indices instead of pixels.
 
-    (B, H, W, 3) uint8 -> (B, 3, H, W) float32, in [0, 1] before normalisation.
+    Episodes follow each other in the order of ChunkDataset(images=False), whose `image_index.<camera>` counts them.
     """
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    for name, tensor in moved.items():
-        if name.startswith("observation.images."):
-            moved[name] = tensor.permute(0, 3, 1, 2).float() / 255
-    return normalizer.normalize(moved)
+
+    SHARE = 0.5  # of the GPU's free memory; the rest is for weights, activations and other processes
+
+    @classmethod
+    def size_bytes(cls, episodes: Sequence[Episode]) -> int:
+        return sum(open_pixels(e, camera).nbytes for e in episodes for camera in e.image_shape)
+
+    def __init__(self, episodes: Sequence[Episode], device: torch.device) -> None:
+        self.frames = {}  # camera -> (N, H, W, 3) uint8
+        for camera, shape in episodes[0].image_shape.items():
+            stored = sum(e.stored_images[camera] for e in episodes)
+            self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
+            first = 0
+            for episode in episodes:
+                pixels = open_pixels(episode, camera)
+                self.frames[camera][first : first + len(pixels)] = torch.from_numpy(pixels.copy())
+                first += len(pixels)
+
+    def look_up(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Replace each image_index.<camera> (B,) by observation.images.<camera> (B, H, W, 3) uint8."""
+        batch = dict(batch)
+        for camera, frames in self.frames.items():
+            batch[f"observation.images.{camera}"] = frames[batch.pop(f"image_index.{camera}")]
+        return batch
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Frames travel as uint8, a quarter of float's bytes, and without waiting when they come from pinned memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def to_model(
+    batch: dict[str, torch.Tensor], normalizer: Normalizer, amounts: Sequence[dict[str, torch.Tensor]] = ()
+) -> dict[str, torch.Tensor]:
+    """Make a batch on the device what the network takes: (B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised.
+
+    `amounts` augments the images: one entry of augment.draw per camera.
+    """
+    batch = dict(batch)
+    cameras = [name for name in batch if name.startswith("observation.images.")]
+    for i, name in enumerate(cameras):
+        image = batch[name].permute(0, 3, 1, 2).float() / 255
+        batch[name] = augment.apply(image, amounts[i]) if amounts else image
+    return normalizer.normalize(batch)
+
+
+# -- how to compute -----------------------------------------------------------------------------------------------
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by instructions of its own, not emulated. CPUs: AVX-512 BF16, AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """training.precision as a dtype: bfloat16 autocast, or float32 throughout."""
+    if wanted == "auto":
+        wanted = "bf16" if has_fast_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ and Triton code and needs their compilers when training starts. Raises ConfigError."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise ConfigError(
+            f"training.compile: true needs a C++ compiler, and {compiler} is not on the PATH; "
+            "install g++, set CXX, or set training.compile to false"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "training.compile: true needs the package triton on CUDA; install it, or set training.compile to false"
+        )
 
 
 # -- learning rate ------------------------------------------------------------------------------------------------
@@ -711,16 +809,15 @@ def _init_wandb(cfg: Config, output_dir: Path, is_main: bool, run_id: str | None
     return run
 
 
-def log_camera_views(run: Any, batch: dict[str, torch.Tensor]) -> None:
-    """One batch of what the network sees, so that a person sees it too."""
+def log_camera_views(run: Any, batch: dict[str, torch.Tensor], normalizer: Normalizer) -> None:
+    """One batch of what the network sees, resized and augmented, so that a person sees it too."""
     if isinstance(run, _NoWandb):
         return
     wandb = import_wandb()
-    views = {
-        name: [wandb.Image(image.numpy()) for image in batch[name][:8]]
-        for name in batch
-        if name.startswith("observation.images.")
-    }
+    views = {}
+    for name, images in normalizer.unnormalize_images(batch).items():  # (B, 3, H, W) in [0, 1]
+        pixels = (images[:8] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        views[name] = [wandb.Image(image) for image in pixels]
     run.log({"step": 0} | views)
 
 
@@ -835,12 +932,12 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
 def source_version() -> dict[str, str]:
     """The trainer's version and a hash of its root modules: an injected copy has no git history to ask."""
     digest = hashlib.sha256()
-    for name in ("train.py", "act_model.py", "rosbag_dataset.py", "lerobot_checkpoint.py"):
+    for name in ("train.py", "act_model.py", "augment.py", "rosbag_dataset.py", "lerobot_checkpoint.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return {"version": VERSION, "source_sha256": digest.hexdigest()}
 
 
-def environment(cfg: Config, world: World) -> dict[str, Any]:
+def environment(cfg: Config, world: World, precision: torch.dtype) -> dict[str, Any]:
     """What bit-exactness depends on besides data, seed and model (distributed runs, threads and kernels round
     differently)."""
     return {
@@ -848,8 +945,9 @@ def environment(cfg: Config, world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "precision": "float32",
-        "memory format": "weights contiguous, images channels last",
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": cfg.training.compile == "true",
+        "memory format": "channels last",
         "ranks": world.size,
         "training.batch_size": cfg.training.batch_size,
     }
@@ -869,12 +967,14 @@ def fingerprint(cfg: Config, act: ACTConfig, train: list[Episode], held_out: lis
     }
 
 
-def schedule(training: TrainingConfig) -> dict[str, Any]:
+def schedule(cfg: Config) -> dict[str, Any]:
     """What a resumed run may change, and says: how it learns from here on."""
+    training = cfg.training
     keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler"]
     if training.scheduler == "cosine":
         keys += ["warmup_steps", "min_lr", "steps"]
-    return {f"training.{name}": getattr(training, name) for name in keys}
+    augmentation = dataclasses.asdict(cfg.augmentation) if cfg.augmentation.enabled else {"enabled": False}
+    return {f"training.{name}": getattr(training, name) for name in keys} | {"augmentation": augmentation}
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -929,11 +1029,14 @@ class Trainer:
     def __init__(self, cfg: Config, world: World, stop: StopSignal, overwrite: bool) -> None:
         self.cfg, self.world, self.stop = cfg, world, stop
         self.say = print if world.is_main else (lambda *values, **options: None)
+        self.precision = world.share(choose_precision(cfg.training.precision, world.device))  # one for all nodes
         self.output_dir = Path(cfg.training.output_dir)
         resume_from = world.share(open_output(cfg, overwrite) if world.is_main else None)
         # What can be refused at once is, before an hour of decoding.
         if cfg.wandb.enabled and world.is_main:
             import_wandb()
+        if cfg.training.compile == "true":
+            check_compiler(world.device)
         weights = backbone_weights(cfg.model) if resume_from is None else None
         self._prepare_data()
         self._build_model(weights)
@@ -959,7 +1062,8 @@ class Trainer:
         self.episodes = episodes
         self.train_episodes, self.held_out = split_episodes(episodes, cfg.training.val_fraction, cfg.training.seed)
         self.stats, floored = compute_stats(self.train_episodes, cfg.data.image_stats, cfg.conventions.action_mode)
-        self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size)
+        self.frames = self._frames_on_device()
+        self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
         self.identity = fingerprint(cfg, act_config(cfg), self.train_episodes, self.held_out)
         self.contract = robot_contract(cfg, self.train_episodes, self.held_out)  # once: it hashes the code that runs
@@ -976,6 +1080,19 @@ class Trainer:
             for line in [*floored, *resize_notes(episodes, settings)]:
                 print(f"note: {line}")
 
+    def _frames_on_device(self) -> DeviceFrames | None:
+        """The training frames on the GPU, if data.frames_on_device allows it and there is room."""
+        device = self.world.device
+        if device.type != "cuda" or self.cfg.data.frames_on_device == "never":
+            return None
+        size, free = DeviceFrames.size_bytes(self.train_episodes), torch.cuda.mem_get_info(device)[0]
+        fits = size <= DeviceFrames.SHARE * free
+        self.say(
+            f"frames: {size / 1e9:.2f} GB, {'kept' if fits else 'too much to keep'} on {device} ({free / 1e9:.1f} GB "
+            f"free, of which frames may take {DeviceFrames.SHARE:.0%}; data.frames_on_device)"
+        )
+        return DeviceFrames(self.train_episodes, device) if fits else None
+
     # Model and optimizer.
 
     def _build_model(self, weights: dict[str, torch.Tensor] | None) -> None:
@@ -988,7 +1105,8 @@ class Trainer:
                 self.model.load_backbone(weights)
             except ValueError as error:
                 raise ConfigError(f"model.pretrained_backbone: {cfg.model.pretrained_backbone}: {error}") from None
-        self.model.to(world.device)
+        # The convolutions get their images channels last (that is how pixels are stored), and so their weights.
+        self.model.to(world.device, memory_format=torch.channels_last)
         self.normalizer = Normalizer(self.stats).to(world.device)
         self.optimizer = torch.optim.AdamW(
             [
@@ -1022,11 +1140,11 @@ class Trainer:
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.best_l1, self.run_id = state["best_l1"], state["wandb_id"]
         self.validation_due = checkpoint if state["validation_due"] else None
-        if changed := differences(state["schedule"], schedule(self.cfg.training)):
+        if changed := differences(state["schedule"], schedule(self.cfg)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
             self._apply_schedule()
         self.say(f"resuming from {checkpoint} at step {self.step}")
-        changed = differences(state["environment"], environment(self.cfg, self.world))
+        changed = differences(state["environment"], environment(self.cfg, self.world, self.precision))
         if changed:
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
 
@@ -1041,20 +1159,26 @@ class Trainer:
 
     # The loop.
 
-    def fit(self) -> None:
-        """Train to training.steps, logging, validating and saving on the way; then the summary."""
-        cfg, world, training = self.cfg, self.world, self.cfg.training
+    def start(self) -> DataLoader:
+        """Make ready for train_step: say what will be trained, compile, wrap; -> the loader of raw batches."""
+        world, training = self.world, self.cfg.training
         self.effective_batch = training.batch_size * world.size
-        parameters = sum(p.numel() for p in self.model.parameters())
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         held_out = ", ".join(e.name for e in self.held_out) or "none"
+        precision = str(self.precision).removeprefix("torch.")
         self.say(
-            f"training {parameters / 1e6:.1f} M parameters on {world.device} for {training.steps} steps; effective "
-            f"batch {self.effective_batch} = {training.batch_size} per GPU x {world.size}; {len(self.dataset)} samples "
+            f"training {self.parameters / 1e6:.1f} M parameters on {world.device} in {precision}"
+            f"{', compiled,' if training.compile == 'true' else ''} for {training.steps} steps; effective batch "
+            f"{self.effective_batch} = {training.batch_size} per GPU x {world.size}; {len(self.dataset)} samples "
             f"from {len(self.train_episodes)} episodes, {len(self.held_out)} held out ({held_out})",
             flush=True,
         )
+        if self.precision == torch.bfloat16 and not has_fast_bf16(world.device):
+            self.say(f"note: {world.device} has no bfloat16 instructions; training.precision fp32 would be faster")
         if self.step >= training.steps:
             self.say(f"nothing left to train: the run is at step {self.step}, training.steps is {training.steps}")
+        if training.compile == "true":
+            self.model.compile()
         self.ddp: torch.nn.Module = self.model
         if world.size > 1:
             # A 1x1 convolution's weight has one memory order under two names, about which DDP worries.
@@ -1064,7 +1188,8 @@ class Trainer:
         self.stream = SampleStream(
             len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen
         )
-        loader = DataLoader(
+        self.model.train()
+        return DataLoader(
             self.dataset,
             batch_sampler=self.stream,
             collate_fn=to_tensors,
@@ -1073,6 +1198,11 @@ class Trainer:
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # making the iterator draws a seed; not from the global generator
         )
+
+    def fit(self) -> None:
+        """Train to training.steps, logging, validating and saving on the way; then the summary."""
+        cfg, world, training = self.cfg, self.world, self.cfg.training
+        loader = self.start()
         self.run = _init_wandb(cfg, self.output_dir, world.is_main, self.run_id)
         tty = sys.stderr.isatty()
         self.bar = tqdm(
@@ -1092,18 +1222,17 @@ class Trainer:
             self.bar.close()
             self.run.finish(exit_code=exit_code)
         if world.is_main:
-            self._summarise(parameters)
+            self._summarise()
         world.barrier()
 
     def _loop(self, loader: DataLoader) -> None:
         training = self.cfg.training
         batches = iter(loader)
-        self.model.train()
         while self.step < training.steps:
-            raw = self._next(batches)
+            batch = self.prepare(self._next(batches))
             if self.step == 0:
-                log_camera_views(self.run, raw)
-            flags = self._train_step(raw)
+                log_camera_views(self.run, batch, self.normalizer)
+            flags = self.train_step(batch)
             self.bar.update()
             self.saver.check()
             last = self.step == training.steps
@@ -1127,13 +1256,29 @@ class Trainer:
         self.waited_s += time.perf_counter() - before
         return raw
 
-    def _train_step(self, raw: dict[str, torch.Tensor]) -> torch.Tensor:
+    def prepare(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The loader's batch for the coming step, on the device, augmented if asked, normalised."""
+        cfg, batch = self.cfg, to_device(raw, self.world.device)
+        if self.frames is not None:
+            batch = self.frames.look_up(batch)
+        amounts = []
+        if (a := cfg.augmentation).enabled:
+            strengths = augment.Strengths(
+                a.brightness, a.contrast, a.saturation, a.hue, a.rotate_deg, a.translate, a.scale
+            )
+            # A generator of its own: dropout and the latent draw the same noise with augmentation and without.
+            seed = step_seed(cfg.training.seed, self.step, self.world.rank, "augmentation")
+            generator = torch.Generator().manual_seed(seed)
+            amounts = [augment.draw(strengths, cfg.training.batch_size, generator) for _ in cfg.cameras]
+        return to_model(batch, self.normalizer, amounts)
+
+    def train_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One optimizer step; -> (2,) on the device: how many ranks were asked to stop, is something not finite."""
         training, world = self.cfg.training, self.world
-        batch = prepare(raw, self.normalizer, world.device)
         # Dropout and the VAE's noise depend on seed, step and rank alone, so that no generator state needs saving.
         torch.manual_seed(step_seed(training.seed, self.step, world.rank))
-        prediction, (mu, log_sigma_x2) = self.ddp(batch)
+        with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
+            prediction, (mu, log_sigma_x2) = self.ddp(batch)
         l1_sum, n_valid, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
         # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
         # would weigh their samples differently). DDP averages gradients over the ranks, hence the factor world.size.
@@ -1209,7 +1354,8 @@ class Trainer:
         self.run.log(line)
 
     def _validate(self) -> bool:
-        """Masked L1 (normalised units, latent zero) on evenly spaced held-out samples, shared among the ranks.
+        """Masked L1 (normalised units, latent zero) on evenly spaced held-out samples, shared among the ranks; in
+        float32, as the robot will run the policy.
 
         Returns:
             Whether it is the lowest so far; False when no episode is held out.
@@ -1224,8 +1370,8 @@ class Trainer:
         with torch.inference_mode():
             for first in range(0, len(mine), batch_size):
                 raw = to_tensors(self.held_out_dataset.__getitems__(mine[first : first + batch_size]))
-                batch = prepare(raw, self.normalizer, world.device)
-                prediction, _ = self.model(batch)
+                batch = to_model(to_device(raw, world.device), self.normalizer)
+                prediction, _ = self.model.forward(batch)  # not compiled once more for another mode and batch size
                 l1_sum, n_valid, _ = loss_terms(prediction, batch["action"], batch["action_is_pad"], None, None)
                 sums += torch.stack([l1_sum, n_valid.to(l1_sum.dtype)])
         self.model.train()
@@ -1266,13 +1412,13 @@ class Trainer:
                     "samples_seen": self.samples_seen,
                     "best_l1": self.best_l1,
                     "validation_due": due,
-                    "schedule": schedule(self.cfg.training),
+                    "schedule": schedule(self.cfg),
                     "wandb_id": self.run.id,
                     "window": self.window,
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
                     "fingerprint": self.identity,
-                    "environment": environment(self.cfg, self.world),
+                    "environment": environment(self.cfg, self.world, self.precision),
                 },
                 total_steps=self.cfg.training.steps,
             )
@@ -1282,14 +1428,14 @@ class Trainer:
         self.saver.wait()
         self.world.barrier()
 
-    def _summarise(self, parameters: int) -> None:
+    def _summarise(self) -> None:
         cfg, frames = self.cfg, [e.report for e in self.episodes]
         both = (self.held_out, self.train_episodes)
         held_out, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in both)  # with any action
         self.model.eval()
 
         def predict(batch: dict[str, Any]) -> torch.Tensor:
-            actions, _ = self.model(prepare(to_tensors(batch), self.normalizer, self.world.device))
+            actions, _ = self.model.forward(to_model(to_device(to_tensors(batch), self.world.device), self.normalizer))
             return self.normalizer.unnormalize_action(actions)
 
         run_summary.finish(
@@ -1303,7 +1449,7 @@ class Trainer:
             joint_names=cfg.data.joint_names,
             fps=cfg.data.fps,
             facts={
-                "trained": f"ACT, {parameters / 1e6:.1f} M parameters, {self.step} steps, effective batch "
+                "trained": f"ACT, {self.parameters / 1e6:.1f} M parameters, {self.step} steps, effective batch "
                 f"{self.effective_batch}, on {self.world.device}",
                 "data": f"{len(self.train_episodes)} episodes ({len(self.held_out)} more held out, {len(self.skipped)} "
                 f"bags skipped), {sum(r['frames'] for r in frames)} frames kept, {sum(r['dropped'] for r in frames)} "
@@ -1359,17 +1505,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopSignal()
     world = cfg = None
     try:
-        world = World()
-        cfg = load_config(args.config, args.override)
-        if args.resume and args.overwrite:
-            raise ConfigError("--resume and --overwrite: choose one")
-        if args.resume and cfg.training.resume == "never":
-            cfg.training.resume = "auto"
-        if args.overwrite and cfg.training.resume != "never":
-            raise ConfigError(f"training.resume: found {cfg.training.resume}, expected never with --overwrite")
-        world.start(cfg.training.device)
-        Trainer(cfg, world, stop, args.overwrite).fit()
-        return 0
+        try:
+            world = World()
+            cfg = load_config(args.config, args.override)
+            if args.resume and args.overwrite:
+                raise ConfigError("--resume and --overwrite: choose one")
+            if args.resume and cfg.training.resume == "never":
+                cfg.training.resume = "auto"
+            if args.overwrite and cfg.training.resume != "never":
+                raise ConfigError(f"training.resume: found {cfg.training.resume}, expected never with --overwrite")
+            world.start(cfg.training.device)
+            Trainer(cfg, world, stop, args.overwrite).fit()
+            return 0
+        except Exception:
+            if early := stop.early():  # raised in the middle of C code, Stopped can come out as another exception
+                raise early from None
+            raise
     except Stopped as stopped:
         if world is None or world.is_main:
             print(f"stopped by {stopped}", file=sys.stderr, flush=True)
@@ -1397,6 +1548,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"a data loader process was killed, most likely for want of memory ({reason}); lower "
                 "training.num_workers and continue with --resume"
             )
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = f"training.compile: true: torch.compile failed ({reason}); set training.compile to false"
         elif world is not None and world.size > 1 and re.search("gloo|nccl|connection|peer", reason, re.I):
             time.sleep(2)
             line = (

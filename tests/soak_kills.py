@@ -33,14 +33,15 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bags = soak.sample_bags(Path(folder))
-        undisturbed = soak.Run(bags, Path(folder) / "undisturbed", args.ranks)
+        steps = max(200, 8 * args.times)  # more than a fast machine gets through between the kills
+        undisturbed = soak.Run(bags, Path(folder) / "undisturbed", args.ranks, training__steps=steps)
         assert undisturbed.wait(600) == [0] * args.ranks, undisturbed.log.read_text()[-2000:]
         seconds = time.monotonic() - began
         print(f"undisturbed: {undisturbed.steps()} steps in {seconds:.0f} s", flush=True)
 
         done, starts, in_training = 0, 0, 0
         while True:
-            run = soak.Run(bags, Path(folder) / "disturbed", args.ranks)
+            run = soak.Run(bags, Path(folder) / "disturbed", args.ranks, training__steps=steps)
             starts += 1
             at_start = run.steps()
             if done < args.times and rng.random() < 0.85:  # mostly among steps and saves, else during the start
@@ -60,7 +61,7 @@ def main() -> None:
             if args.stop:
                 check_stop(run, codes, newest)
             print(f"{done}: exit {codes}, {run.steps()} steps logged, newest {newest} loads", flush=True)
-        assert done == args.times, f"the run ended after {done} of {args.times}; raise training.steps"
+        assert done == args.times, f"the run ended after {done} of {args.times}; raise `steps`"
         assert_same_run(undisturbed.output, run.output)
     what = "SIGTERM" if args.stop else "SIGKILL"
     print(

@@ -99,11 +99,27 @@ def test_another_learning_rate_counts_from_there_and_is_said(sample_bags: Path, 
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(5e-4, 0.5), (2e-4, 0.5)]
 
 
+def test_a_stop_that_comes_out_of_c_code_as_another_error_is_still_a_stop(tmp_path: Path, monkeypatch, capsys):
+    """Before the first step a signal raises; torch's C code can turn what its callbacks raise into something else."""
+
+    def load(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except train.Stopped:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    monkeypatch.setattr(train, "Trainer", load)
+    assert train.main(arguments(tmp_path, tmp_path)) == 75
+    error = capsys.readouterr().err
+    assert error == "stopped by SIGTERM before the first step; start again with the same command\n"
+    assert (tmp_path / "run" / train.STOP_MARKER).exists()
+
+
 def test_a_validation_that_a_stop_left_out_is_made_up_for(sample_bags: Path, tmp_path: Path, monkeypatch):
     """Stopped in a step that should have validated: the resumed run has the line, `best`, and the rest, as unbroken."""
     settings = {"training__steps": 6, "training__save_freq": 2, "training__log_freq": 1}
     unbroken = run(sample_bags, tmp_path / "a", **settings)
-    original = train.Trainer._train_step
+    original = train.Trainer.train_step
 
     def stopped(self, raw):
         if self.step == 3:
@@ -111,7 +127,7 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(sample_bags: Path, tmp
         return original(self, raw)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_train_step", stopped)
+        patch.setattr(train.Trainer, "train_step", stopped)
         assert train.main(arguments(sample_bags, tmp_path / "b", **settings)) == 75
     assert [m["step"] for m in metrics(tmp_path / "b/run", "val_l1_loss")] == [2]
     broken = run(sample_bags, tmp_path / "b", "--resume", **settings)
@@ -276,7 +292,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(
 
 def test_the_named_batch_is_the_batch_that_was_sick(sample_bags: Path, tmp_path: Path, capsys, monkeypatch):
     """The frames in the message are those that the loader served in that step."""
-    served, original = [], train.Trainer._train_step
+    served, original = [], train.Trainer.train_step
 
     def spoiled(self, raw):
         served.append([self.dataset.locate(int(i)) for i in raw["index"]])
@@ -284,7 +300,7 @@ def test_the_named_batch_is_the_batch_that_was_sick(sample_bags: Path, tmp_path:
             raw = raw | {"observation.state": raw["observation.state"] * float("inf")}
         return original(self, raw)
 
-    monkeypatch.setattr(train.Trainer, "_train_step", spoiled)
+    monkeypatch.setattr(train.Trainer, "train_step", spoiled)
     assert train.main(arguments(sample_bags, tmp_path, training__log_freq=100, training__save_freq=100)) == 1
     error = capsys.readouterr().err
     assert "step 3:" in error
@@ -319,7 +335,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sample_bags: Path, tmp_p
     """A slow disk: steps are taken during the save, one save is in flight at a time, and what is written is the state
     of the step that it is named after, not of the steps since."""
     steps, spans = [0], []
-    original_step, original_move = train.Trainer._train_step, lerobot_checkpoint.move_into_place
+    original_step, original_move = train.Trainer.train_step, lerobot_checkpoint.move_into_place
 
     def counted(self, raw):
         flags = original_step(self, raw)
@@ -336,7 +352,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sample_bags: Path, tmp_p
     settings = {"training__steps": 12, "training__save_freq": 4, "training__val_fraction": 0}
     plain = run(sample_bags, tmp_path / "plain", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_train_step", counted)
+        patch.setattr(train.Trainer, "train_step", counted)
         patch.setattr(lerobot_checkpoint, "move_into_place", slow)
         slowed = run(sample_bags, tmp_path / "slow", **settings)
     assert [saved for saved, _ in spans] == [4, 8, 12]

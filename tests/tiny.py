@@ -31,6 +31,7 @@ TINY = {
     "training.log_freq": 2,
     "training.save_freq": 3,
     "training.device": "cpu",
+    "training.precision": "fp32",  # on every machine; bfloat16 is in test_fast.py
 }
 
 
