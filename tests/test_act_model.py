@@ -8,7 +8,16 @@ import pytest
 import torch
 import torchvision
 
-from act_model import ACT, ACTConfig, TemporalEnsembler, act_loss, loss_terms, sinusoidal_positions_2d
+from act_model import (
+    ACT,
+    ACTConfig,
+    Dropout,
+    FrozenBatchNorm,
+    TemporalEnsembler,
+    act_loss,
+    loss_terms,
+    sinusoidal_positions_2d,
+)
 
 SMALL = dict(
     state_dim=6, action_dim=6, cameras=("front", "wrist"), chunk_size=10, dim_model=32, n_heads=4, dim_feedforward=48,
@@ -45,6 +54,15 @@ def training_step(model: ACT, batch: dict[str, torch.Tensor], seed: int = 2) -> 
     torch.manual_seed(seed)
     actions_hat, posterior = model.train()(batch)
     return act_loss(actions_hat, batch["action"], batch["action_is_pad"], *posterior, kl_weight=10.0)
+
+
+def without_dropout(model: ACT) -> None:
+    """For comparisons in which other elements would be dropped."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+        elif isinstance(module, torch.nn.MultiheadAttention):
+            module.dropout = 0.0
 
 
 # ---- Configuration -------------------------------------------------------------------------------------------
@@ -274,11 +292,7 @@ def test_order_of_the_batch_and_of_cameras_does_not_matter(model):
 def test_bfloat16_autocast(model):
     """Under autocast the step runs, the loss and the actions are float32, and close to those without."""
     batch = make_batch()
-    for module in model.modules():  # which elements are dropped would differ
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, torch.nn.MultiheadAttention):
-            module.dropout = 0.0
+    without_dropout(model)
     expected = training_step(model, batch)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = training_step(model, batch)[0]
@@ -287,6 +301,45 @@ def test_bfloat16_autocast(model):
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_that_share_independently_and_scales_the_rest(p: float, dtype: torch.dtype):
+    """A million elements: the share within 5 standard deviations, neighbours and draws uncorrelated, gradients masked
+    like outputs, the same noise for the same seed."""
+    dropout, n = Dropout(p), 1_000_001  # not a multiple of four
+    x = torch.ones(n, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x)
+    assert y.dtype == dtype and set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    dropped = (y == 0).float()
+    assert abs(dropped.mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+    for lag in (1, 2, 3, 4, 8):  # four elements share one draw
+        both = (dropped[lag:] * dropped[:-lag]).mean()
+        assert abs(both - p * p) < 5 * math.sqrt(p * p * (1 - p * p) / n), lag
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    assert not torch.equal(dropout(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_frozen_batch_norm_is_torchvisions_and_keeps_bfloat16():
+    """Bit for bit in float32; in float64, where it is fused as in bfloat16, the same to rounding, gradients too."""
+    ours, theirs = FrozenBatchNorm(5), torchvision.ops.FrozenBatchNorm2d(5)
+    state = {name: torch.rand(5) + 0.5 for name in theirs.state_dict()}
+    ours.load_state_dict(state)
+    theirs.load_state_dict(state)
+    x = torch.randn(2, 5, 4, 3)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours(x.bfloat16()).dtype == torch.bfloat16 and theirs(x.bfloat16()).dtype == torch.float32
+    x = x.double().requires_grad_()
+    ours, theirs = ours.double(), theirs.double()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-14)
+    gradients = [torch.autograd.grad(norm(x).square().sum(), x)[0] for norm in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_channels_last(model):
@@ -301,6 +354,7 @@ def test_channels_last(model):
 def test_compiles_in_one_graph(model):
     """torch.compile finds no graph break, in training or in eval mode (traced only: no C++ compiler needed)."""
     batch = make_batch()
+    without_dropout(model)  # compiled code draws its own
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for mode in (True, False):
         model.train(mode)
