@@ -261,12 +261,12 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     """torchvision's, but that bfloat16 stays bfloat16, in one fused operation.
 
     torchvision multiplies by float32 buffers, which doubles the memory of every feature map and has the next
-    convolution round it again. In float32 it is left as it is: fused, it rounds differently, and a ReLU that flips
-    somewhere moves some gradients by half a percent.
+    convolution round it again. Training in float32 is left as it is: fused, it rounds differently, and a ReLU that
+    flips somewhere moves some gradients by half a percent.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype == torch.float32 and self.training:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 

@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -407,6 +408,7 @@ def topics_of(readers: Sequence[Storage]) -> dict[str, tuple[set[str], int]]:
     return topics
 
 
+@functools.lru_cache(maxsize=1)  # it compiles a decoder for each message type that it meets, 10 ms a bag
 def typestore_for(ros_distro: str) -> Typestore:
     """Message definitions of a ROS 2 distribution.
 
@@ -990,7 +992,7 @@ def load_episodes(
 
     Args:
         settings: where and how.
-        workers: processes that decode bags; 0 means one per CPU core, at most one per bag.
+        workers: processes that decode bags; 0 means what keeps the cores busy, at most one per bag.
         progress: show a progress bar while decoding.
 
     Returns:
@@ -1095,6 +1097,12 @@ def _build_one(bag: Bag, key: str, settings: BagSettings) -> BagError | None:
     return None
 
 
+def _decoding_processes() -> int:
+    """One per core that this process may use, and a few more: each waits for the disk when it flushes an entry."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + max(1, cores // 4)
+
+
 def _build_entries(
     todo: Sequence[Bag], keys: dict[str, str], settings: BagSettings, workers: int, progress: bool, stop_early: bool
 ) -> list[tuple[Bag, BagError]]:
@@ -1102,7 +1110,7 @@ def _build_entries(
     if not todo:
         return []
     clean_cache(settings.cache_dir)
-    workers = min(workers or os.cpu_count() or 1, len(todo))
+    workers = min(workers or _decoding_processes(), len(todo))
     total = sum((bag.claimed or {}).get(topic, 0) for bag in todo for topic in settings.camera_topics.values())
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # spawn would import torch again
     context = multiprocessing.get_context(method)
