@@ -767,26 +767,28 @@ def _write_entry(
             files[camera].write(memoryview(np.ascontiguousarray(image)).cast("B"))
 
         recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
     _save(building / "joint_time_ns.npy", recording.joint_time_ns)
     _save(building / "joint_rad.npy", recording.joint_rad)
     for camera, times in recording.camera_time_ns.items():
         _save(building / f"{camera}.time_ns.npy", times)
     meta = {"bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape}
-    _save(building / "meta.json", json.dumps(meta).encode())  # written last: an entry with it is whole
+    _save(building / "meta.json", json.dumps(meta).encode())
+    for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
+        _flush(file)
 
 
 def _save(path: Path, content: np.ndarray | bytes) -> None:
-    """Write to disk for good. (np.save to a file says neither why nor errno when the disk is full.)"""
+    """np.save to a file says neither why nor errno when the disk is full."""
     if isinstance(content, np.ndarray):
         buffer = io.BytesIO()
         np.save(buffer, content)
         content = buffer.getvalue()
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
+    path.write_bytes(content)
+
+
+def _flush(path: Path) -> None:
+    """To the disk for good: after a power failure a file that was only written may be zeros, black frames."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -1267,6 +1269,7 @@ def _image_moments(episode: Episode, camera: str) -> Moments:
         partial = file.with_suffix(f".{os.getpid()}")
         try:
             _save(partial, json.dumps([moments[0], moments[1].tolist(), moments[2].tolist()]).encode())
+            _flush(partial)
             os.replace(partial, file)
         except OSError:  # a full disk: they are computed again next time
             partial.unlink(missing_ok=True)
