@@ -1,0 +1,1 @@
+"""What stands between a trained policy and the robot: load it, evaluate it on recordings, compare evaluations."""

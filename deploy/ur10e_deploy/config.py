@@ -1,0 +1,222 @@
+"""The contract between a policy and its robot: what goes in, what comes out, how fast.
+
+Our trainer writes it into the checkpoint (train_config.json). A checkpoint that LeRobot wrote says nothing about
+angles or deltas, so a person has to: `said` below, flags on the command line.
+
+Everything here is in the policy's convention: joints in the policy's order, sign applied, angles wrapped when the
+policy was trained so. state_from_robot() and action_to_robot() are the two doors to the robot's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lerobot_checkpoint import CONFIG, TRAIN_CONFIG, Policy, find_pretrained, read_json
+from rosbag_dataset import UR_JOINTS, wrap_to_pi
+
+CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
+ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)
+WARM_UP_INFERENCES = 3  # the first ones allocate, choose kernels and compile: measured apart
+ACTION_MODES = ("delta", "absolute")
+
+
+class PolicyError(Exception):
+    """A policy that cannot be run, or an observation it must not be given: one line, with what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+@dataclass(frozen=True)
+class RobotContract:
+    """What a policy expects and means, for J joints; its actions are of the same J.
+
+    Attributes:
+        action_mode: "delta" (rad per frame) or "absolute" (rad).
+        joint_names: the state's J joints, in order; None when neither checkpoint nor dataset names them.
+        joint_sign: J factors of +1 or -1 that were applied to the robot's joints before training.
+        wrap_angles: revolute joints were wrapped to (-pi, pi].
+        revolute: (J,) which joints are angles; all False when it is not known and nothing is wrapped.
+        fps: frames per second of the training data, None when the checkpoint does not say.
+        image_resize: (H, W) that camera images were resized to, None when they were used as they came.
+        cameras: camera -> (H, W) of what the network sees, in its order.
+        training_episodes, held_out_episodes: names of the bags it was trained on and of those it was not.
+        data_settings: the trainer's `data` and `conventions`, for decoding bags as in training; {} without.
+        code: version and hash of the trainer; {} when the checkpoint does not say.
+        source: where all this is from, for the report.
+    """
+
+    action_mode: str
+    joint_names: tuple[str, ...] | None
+    joint_sign: tuple[float, ...]
+    wrap_angles: bool
+    revolute: tuple[bool, ...]
+    fps: float | None
+    image_resize: tuple[int, int] | None
+    cameras: dict[str, tuple[int, int]]
+    training_episodes: tuple[str, ...]
+    held_out_episodes: tuple[str, ...]
+    data_settings: dict[str, Any]
+    code: dict[str, str]
+    source: str
+
+    @property
+    def action_unit(self) -> str:
+        return "rad per frame" if self.action_mode == "delta" else "rad"
+
+    @property
+    def joint_labels(self) -> list[str]:
+        """Short names of the joints, for columns and pictures: "shoulder_pan"; "0", "1", ... when they have none."""
+        if self.joint_names is None:
+            return [str(j) for j in range(len(self.joint_sign))]
+        return [name.removesuffix("_joint") for name in self.joint_names]
+
+    @property
+    def _wrapped(self) -> np.ndarray:
+        return np.array(self.revolute) & self.wrap_angles
+
+    def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
+        """(..., J) with the revolute joints in (-pi, pi] if the policy was trained so; others, and angles that already
+        lie there, stay as they are to the last bit."""
+        outside = np.abs(angle_rad) > np.float32(np.pi)
+        return np.where(outside & self._wrapped, wrap_to_pi(angle_rad), angle_rad)
+
+    def difference(self, a_rad: np.ndarray, b_rad: np.ndarray) -> np.ndarray:
+        """(..., J) a - b; for wrapped joints the shortest way around."""
+        return np.where(self._wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
+
+    def state_from_robot(self, names: Sequence[str], position_rad: Sequence[float]) -> np.ndarray:
+        """A JointState's names and positions, in any order -> (J,) float32 state for PolicyRunner.predict().
+
+        Raises:
+            PolicyError: the contract names no joints, or one of them is not among `names`.
+        """
+        if self.joint_names is None:
+            raise PolicyError(
+                f"{self.source}: names no joints, so that the robot's cannot be put in the policy's order"
+            )
+        by_name = dict(zip(names, position_rad, strict=True))
+        if missing := [name for name in self.joint_names if name not in by_name]:
+            raise PolicyError(f"joints {', '.join(missing)} are missing; the robot sent {', '.join(names)}")
+        state = np.array([by_name[name] for name in self.joint_names], np.float64) * self.joint_sign
+        return self.wrap(state).astype(np.float32)
+
+    def action_to_robot(self, action: np.ndarray) -> np.ndarray:
+        """(J,) action of the policy -> the same in the robot's own signs (still delta or absolute)."""
+        return action * np.asarray(self.joint_sign, action.dtype)
+
+
+def has_contract(checkpoint: Path) -> bool:
+    """Whether our trainer said in this checkpoint what its robot must know. LeRobot's own trainer writes a file of the
+    same name, which says nothing about the robot.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    file = find_pretrained(checkpoint) / TRAIN_CONFIG
+    return file.exists() and "action_mode" in read_json(file)
+
+
+def read_contract(policy: Policy, said: Mapping[str, Any]) -> RobotContract:
+    """The contract of a loaded checkpoint.
+
+    Args:
+        policy: the checkpoint.
+        said: what a person says with flags, None where nothing was said: "action_mode", "wrap_angles" (bool),
+            "image_resize" ((H, W)), "joint_names". Needed for a checkpoint that does not say itself; where it does,
+            they may only repeat it.
+
+    Raises:
+        PolicyError: a flag contradicts the checkpoint, or one is needed and was not given.
+    """
+    shapes, state_dim = policy.image_shapes, policy.act_config.state_dim
+    if policy.act_config.action_dim != state_dim:
+        raise PolicyError(
+            f"{policy.path / CONFIG}: {state_dim} joints in the state, {policy.act_config.action_dim} in the action; "
+            "expected the same joints in both, to which actions are positions or deltas"
+        )
+    if has_contract(policy.path):
+        return _from_trainer(policy, policy.train_config, said)
+
+    missing = [
+        f"--action-mode ({' or '.join(ACTION_MODES)})" if name == "action_mode" else "--wrap or --no-wrap"
+        for name in ("action_mode", "wrap_angles")
+        if said.get(name) is None
+    ]
+    if missing:
+        raise PolicyError(
+            f"{policy.path}: no contract of train.py in it, so that it is not known what its actions mean or whether "
+            "angles were wrapped: "
+            f"say {' and '.join(missing)}"
+        )
+    names = said.get("joint_names")
+    revolute = tuple(name.endswith(UR_JOINTS) for name in names) if names else (False,) * state_dim
+    if said["wrap_angles"] and not any(revolute):
+        raise PolicyError(
+            "--wrap: the dataset does not name the UR arm's joints "
+            f"({', '.join(names) if names else 'it names none'}), so that it is not known which are angles; "
+            "use --no-wrap with data that need no wrapping, or name the joints in the dataset"
+        )
+    resize = said.get("image_resize")
+    if resize and (wrong := {c: s for c, s in shapes.items() if s != tuple(resize)}):
+        raise PolicyError(f"--image-resize {resize[0]} {resize[1]}: {policy.path / CONFIG} says {wrong} (H, W)")
+    return RobotContract(
+        action_mode=said["action_mode"],
+        joint_names=tuple(names) if names else None,
+        joint_sign=(1.0,) * state_dim,
+        wrap_angles=said["wrap_angles"],
+        revolute=revolute,
+        fps=None,
+        image_resize=tuple(resize) if resize else None,
+        cameras=shapes,
+        training_episodes=(),
+        held_out_episodes=(),
+        data_settings={},
+        code={},
+        source="flags",
+    )
+
+
+def _from_trainer(policy: Policy, content: Mapping[str, Any], said: Mapping[str, Any]) -> RobotContract:
+    where = policy.path / TRAIN_CONFIG
+    try:
+        config = content["config"]
+        contract = RobotContract(
+            action_mode=content["action_mode"],
+            joint_names=tuple(content["joint_names"]),
+            joint_sign=tuple(float(sign) for sign in content["joint_sign"]),
+            wrap_angles=content["wrap_angles"],
+            revolute=tuple(content["revolute"]),
+            fps=float(content["fps"]),
+            image_resize=tuple(content["image_resize"]) if content["image_resize"] else None,
+            cameras=policy.image_shapes,
+            training_episodes=tuple(content["training_episodes"]),
+            held_out_episodes=tuple(content["held_out_episodes"]),
+            data_settings={**config["data"], **config["conventions"]},
+            code=dict(content["code"]),
+            source=TRAIN_CONFIG,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PolicyError(
+            f"{where}: not the contract that train.py writes ({error!r}); use a complete checkpoint"
+        ) from None
+    joints = policy.act_config.state_dim
+    for name in ("joint_names", "joint_sign", "revolute"):
+        if len(getattr(contract, name)) != joints:
+            raise PolicyError(
+                f"{where}: {len(getattr(contract, name))} {name}; {CONFIG} has {joints} joints in the state"
+            )
+    if contract.action_mode not in ACTION_MODES:
+        raise PolicyError(f"{where}: action_mode is {contract.action_mode!r}; expected {' or '.join(ACTION_MODES)}")
+    if contract.image_resize and any(shape != contract.image_resize for shape in contract.cameras.values()):
+        raise PolicyError(f"{where}: image_resize is {contract.image_resize}; {CONFIG} says {contract.cameras} (H, W)")
+    for name, flag in (("action_mode", "--action-mode"), ("wrap_angles", "--wrap"), ("image_resize", "--image-resize")):
+        value, written = said.get(name), getattr(contract, name)
+        if value is not None and value != written:
+            raise PolicyError(f"{flag}: found {value}, but {where} says {name} {written}; leave the flag out")
+    return contract

@@ -1,0 +1,386 @@
+"""Run a trained policy, one control step at a time: checks, normalisation, action queue, honest latency.
+
+    runner = PolicyRunner("outputs/train-rosbag-act")             # the output directory's `last`, or any checkpoint
+    runner.reset()                                                # at the start of every episode
+    action = runner.predict(state_rad, {"color": image})          # (J,) float32, rad or rad per frame
+    print(runner.latency())
+
+Two backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed, and ours, which needs
+no LeRobot. Versions differ in where they normalise (0.3.2 inside the policy, 0.4+ in processors around it), and a
+policy that is normalised twice or not at all gives actions all the same. So LeRobot's answer to one observation is
+compared with ours when it is loaded: by then it is known to normalise exactly once, whatever its version.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from act_model import ACTION, STATE, TemporalEnsembler, describe_mismatch
+from lerobot_checkpoint import PREPROCESSOR, WEIGHTS, Policy, buffer_names, image_key, load_policy, read_tensors
+from rosbag_dataset import resize_image
+
+from .config import CONTROL_HZ, ENSEMBLE_M, WARM_UP_INFERENCES, PolicyError, read_contract
+
+BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native"), ("auto", "cpu", "cuda", "mps"), (
+    "auto", "chunk", "every-step", "ensemble",
+)  # fmt: skip
+# How far LeRobot's actions may be from ours on the same observation, in standard deviations of the action. Rounding
+# is near 1e-6 (float32); a normalisation that is missing or applied twice is off by about 1.
+SAME_ACTIONS_SIGMA = 1e-3
+
+
+class CannotLoad(PolicyError):
+    """The installed LeRobot, or its absence, and this checkpoint do not go together; the other backend may do."""
+
+
+# -- backends: raw observation (a batch of one) -> (1, chunk, J) actions in the robot's units ----------------------
+
+
+class NativeBackend:
+    """act_model.py with the statistics that load_policy found."""
+
+    name, version = "native", None
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
+        return self._policy.predict_chunk(observation)
+
+
+class LeRobotBackend:
+    """lerobot.policies.act.modeling_act.ACTPolicy, with that version's own normalisation.
+
+    Raises:
+        CannotLoad: no lerobot, or its version does not read this checkpoint.
+        PolicyError: weights are missing, or it does not normalise exactly once.
+    """
+
+    name = "lerobot"
+
+    def __init__(self, policy: Policy, device: torch.device) -> None:
+        try:
+            from lerobot.configs.policies import PreTrainedConfig
+            from lerobot.policies.act.modeling_act import ACTPolicy
+
+            self.version = version("lerobot")
+        except (ImportError, PackageNotFoundError) as error:
+            raise CannotLoad(f"lerobot cannot be imported ({error})") from None
+        except Exception as error:  # noqa: BLE001 - mismatched torch and torchvision raise RuntimeError, and others
+            raise CannotLoad(f"lerobot fails to import ({type(error).__name__}: {error})") from None
+        this = f"lerobot {self.version}"
+        try:
+            config = PreTrainedConfig.from_pretrained(policy.path, local_files_only=True)
+        except Exception as error:  # noqa: BLE001 - draccus has a dozen kinds
+            raise CannotLoad(f"{this} does not read this config.json ({error})") from None
+        config.pretrained_backbone_weights = None  # a name here makes it download weights that are replaced at once
+        config.device = str(device)
+        self._policy = ACTPolicy(config)
+
+        # from_pretrained loads what fits and says nothing of the rest (strict=False): so not through it.
+        found, expected = read_tensors(policy.path / WEIGHTS), self._policy.state_dict()
+        own_buffers = any(key.startswith("normalize_inputs.") for key in expected)
+        if not own_buffers:  # this version normalises outside; what a union directory holds for 0.3.2 is not its own
+            prefixes = tuple(name for names in buffer_names(policy.act_config) for name in names.values())
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(prefixes)}
+        if own_buffers and not any(key.startswith("normalize_inputs.") for key in found):
+            raise CannotLoad(f"{this} normalises from buffers among the weights, and {WEIGHTS} has none")
+        if mismatch := describe_mismatch(expected, found):
+            raise PolicyError(
+                f"{policy.path / WEIGHTS}: {this} expects other tensors: {mismatch}; use a complete checkpoint"
+            )
+        self._policy.load_state_dict(found)
+        self._policy.to(device).eval()
+
+        self._before = self._after = lambda batch: batch
+        if not own_buffers:
+            if not (policy.path / PREPROCESSOR).exists():
+                raise CannotLoad(f"{this} normalises in processors, and there is no {PREPROCESSOR}")
+            try:
+                from lerobot.policies.factory import make_pre_post_processors
+
+                self._before, self._after = make_pre_post_processors(
+                    self._policy.config,
+                    pretrained_path=str(policy.path),
+                    preprocessor_overrides={"device_processor": {"device": str(device)}},
+                )
+            except Exception as error:  # noqa: BLE001 - FileNotFoundError, ProcessorMigrationError, KeyError, ...
+                raise CannotLoad(f"{this} does not read the processors ({type(error).__name__}: {error})") from None
+        self._check_against(policy, device)
+
+    def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
+        return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
+
+    def _check_against(self, policy: Policy, device: torch.device) -> None:
+        """Normalised exactly once? Then one observation, far from zero, gives the actions that ours gives."""
+        generator = torch.Generator().manual_seed(0)
+        joints = torch.randn(1, policy.act_config.state_dim, generator=generator).to(device)
+        state = policy.normalizer.stats[STATE]
+        observation = {STATE: state["mean"] + state["std"] * joints}
+        for camera, shape in policy.image_shapes.items():
+            observation[image_key(camera)] = torch.rand(1, 3, *shape, generator=generator).to(device)
+        # TF32 convolutions, a GPU's default, round by far more than the two differ; and algorithms are chosen apart.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            ours, theirs = policy.predict_chunk(observation), self.chunk(observation).to(device)
+        std = policy.normalizer.stats[ACTION]["std"].clamp(min=1e-12)
+        sigma = float(((ours - theirs).abs() / std).max()) if ours.shape == theirs.shape else float("nan")
+        if not sigma <= SAME_ACTIONS_SIGMA:
+            raise PolicyError(
+                f"{policy.path}: lerobot {self.version} gives actions {sigma:.3g} standard deviations from those that "
+                f"its statistics imply (at most {SAME_ACTIONS_SIGMA:g} expected): it does not normalise exactly once; "
+                "use --backend native"
+            )
+
+
+# -- latency -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Latency:
+    """Seconds that control steps took, by what they did. A cached pop takes microseconds: in one list with the
+    inferences it would make any policy look fast."""
+
+    warm_up_s: list[float] = field(default_factory=list)
+    inference_s: list[float] = field(default_factory=list)
+    cached_pop_s: list[float] = field(default_factory=list)
+
+    def report(self) -> dict[str, Any]:
+        """Counts and percentiles in ms. Percentiles are observed values: p99 of fewer than 100 is the largest."""
+
+        def milliseconds(seconds: list[float]) -> dict[str, Any]:
+            if not seconds:
+                return {"count": 0, "p50_ms": None, "p95_ms": None, "p99_ms": None, "max_ms": None}
+            points = {f"p{p}_ms": np.percentile(seconds, p, method="higher") for p in (50, 95, 99)} | {
+                "max_ms": max(seconds)
+            }
+            return {"count": len(seconds)} | {name: round(1e3 * float(value), 4) for name, value in points.items()}
+
+        inference = milliseconds(self.inference_s)
+        p99 = inference["p99_ms"]
+        return {
+            "control_hz": CONTROL_HZ,
+            "realtime_30hz": None if p99 is None else p99 <= 1e3 / CONTROL_HZ,
+            "inference": inference,
+            "cached_pop": milliseconds(self.cached_pop_s),
+            "warm_up": milliseconds(self.warm_up_s),
+        }
+
+
+# -- the runner ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ControlStep:
+    """One control step: its action (J,) float32, the whole chunk (chunk, J) if it inferred (None: the action came from
+    the queue), and how long it took from joint state and camera images to action."""
+
+    action: np.ndarray
+    chunk: np.ndarray | None
+    seconds: float
+
+
+class PolicyRunner:
+    """A checkpoint, ready to act.
+
+    Args:
+        checkpoint: pretrained_model directory, checkpoint directory or output directory (its `last`); ours, or written
+            by LeRobot 0.3.2 or 0.4+.
+        backend: "lerobot", "native", or "auto": lerobot if it is installed and reads this checkpoint, else native.
+        device: "cpu", "cuda", "mps", or "auto": the first that is there of cuda, mps, cpu.
+        mode: "chunk" executes n_action_steps of each chunk before the next inference; "every-step" infers at each
+            step and executes the first action; "ensemble" infers at each step and averages over the chunks that
+            speak of it; "auto" does what the checkpoint says: ensemble if it has a coefficient, else chunk.
+        n_action_steps: of mode "chunk"; None takes the checkpoint's.
+        said: what the checkpoint does not say (see config.read_contract).
+
+    Attributes:
+        contract: RobotContract.
+        policy: lerobot_checkpoint.Policy, with the statistics.
+        backend, backend_version, device, mode, chunk_size, n_action_steps, ensemble_m: what was chosen.
+        notes: lines that a person should read.
+
+    Raises:
+        CheckpointError: not a complete checkpoint with its normalisation.
+        PolicyError: it cannot be run as asked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        mode: str = "auto",
+        n_action_steps: int | None = None,
+        said: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, known in (("backend", backend, BACKENDS), ("device", device, DEVICES), ("mode", mode, MODES)):
+            if value not in known:
+                raise PolicyError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+        self.device = _device(device)
+        self.policy = load_policy(checkpoint, self.device)  # complete, and normalised, or refused here
+        self.contract = read_contract(self.policy, said or {})
+        self.notes: list[str] = []
+
+        fields = self.policy.policy_fields
+        coefficient = fields["temporal_ensemble_coeff"]
+        self.chunk_size = self.policy.act_config.chunk_size
+        self.mode = mode if mode != "auto" else "chunk" if coefficient is None else "ensemble"
+        self.n_action_steps = fields["n_action_steps"] if n_action_steps is None else n_action_steps
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise PolicyError(f"n_action_steps is {self.n_action_steps}; expected 1 to {self.chunk_size} (chunk_size)")
+        self.ensemble_m = ENSEMBLE_M if coefficient is None else coefficient
+
+        self._backend: NativeBackend | LeRobotBackend = NativeBackend(self.policy)
+        if backend != "native":
+            try:
+                self._backend = LeRobotBackend(self.policy, self.device)
+            except CannotLoad as error:
+                if backend == "lerobot":
+                    raise PolicyError(f"{self.policy.path}: backend lerobot: {error}; use --backend native") from None
+                self.notes.append(f"backend native: {error}")
+        self.backend, self.backend_version = self._backend.name, self._backend.version
+
+        self._latency = Latency()
+        self.reset()
+        self._warm_up()
+
+    def reset(self) -> None:
+        """Forget queued actions and past predictions: call at the start of every episode."""
+        self._queue: deque[np.ndarray] = deque()
+        self._ensembler = TemporalEnsembler(self.ensemble_m)
+
+    def fork(self) -> PolicyRunner:
+        """Another runner on the same loaded policy, with a queue and a latency of its own."""
+        other = copy.copy(self)
+        other._latency = Latency(warm_up_s=self._latency.warm_up_s)
+        other.reset()
+        return other
+
+    def predict(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The action for now.
+
+        Args:
+            state_rad: (J,) joint positions in the policy's order and sign, rad; wrapped here if the policy needs it.
+            images: camera -> (H, W, 3) uint8 RGB, of every camera of the policy; resized here as in training.
+
+        Returns:
+            (J,) float32, rad per frame or rad, as contract.action_mode says.
+
+        Raises:
+            PolicyError: the observation does not fit, or the policy's answer is not finite.
+        """
+        return self.step(state_rad, images).action
+
+    def step(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> ControlStep:
+        """predict(), and what it did and took."""
+        began_s = self._now_s()
+        state = self._checked_state(state_rad)
+        self._check_images(images)
+        chunk = None
+        if self.mode != "chunk" or not self._queue:
+            chunk = self._infer(state, images)
+        if self.mode == "chunk":
+            if chunk is not None:
+                self._queue.extend(chunk[: self.n_action_steps])
+            action = self._queue.popleft()
+        elif self.mode == "ensemble":
+            action = self._ensembler.update(torch.from_numpy(chunk)[None])[0].numpy()
+        else:
+            action = chunk[0]
+        seconds = self._now_s() - began_s
+        (self._latency.cached_pop_s if chunk is None else self._latency.inference_s).append(seconds)
+        return ControlStep(action.copy(), chunk, seconds)
+
+    def predict_chunk(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(chunk, J) float32: all that the policy predicts from here; leaves queue, ensemble and latency alone."""
+        state = self._checked_state(state_rad)
+        self._check_images(images)
+        return self._infer(state, images)
+
+    def latency(self) -> dict[str, Any]:
+        """Measured so far. A control step is everything from joint state and camera images to an action in host memory:
+        checks, resizing, transfer, the network, un-normalising; the device is waited for before and after. Steps that
+        inferred, steps that took an action from the queue, and the warm-up at loading are counted apart, and
+        "realtime_30hz" is decided on p99 of the steps that inferred: in mode "chunk" they are those that can be late.
+        """
+        return self._latency.report()
+
+    # What it is made of.
+
+    def _now_s(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def _warm_up(self) -> None:
+        state = self.policy.stats[STATE]["mean"]
+        images = {camera: np.full((*shape, 3), 128, np.uint8) for camera, shape in self.contract.cameras.items()}
+        for _ in range(WARM_UP_INFERENCES):
+            began_s = self._now_s()
+            self._infer(state, images)
+            self._latency.warm_up_s.append(self._now_s() - began_s)
+
+    def _checked_state(self, state_rad: np.ndarray) -> np.ndarray:
+        state = np.asarray(state_rad)
+        expected = (self.policy.act_config.state_dim,)
+        if state.shape != expected or state.dtype.kind not in "fiu":
+            raise PolicyError(
+                f"the state has shape {state.shape} and type {state.dtype}; expected {expected} joint positions in rad"
+            )
+        if not np.isfinite(state).all():
+            named = self.contract.joint_names or [f"joint {i}" for i in range(len(state))]
+            bad = ", ".join(f"{n} {v}" for n, v in zip(named, state, strict=True) if not np.isfinite(v))
+            raise PolicyError(f"the state is not finite: {bad}; the policy was not asked")
+        return self.contract.wrap(state.astype(np.float32))
+
+    def _check_images(self, images: Mapping[str, np.ndarray]) -> None:
+        cameras = self.contract.cameras
+        if set(images) != set(cameras):
+            raise PolicyError(f"images of {', '.join(images) or 'no camera'}; the policy needs {', '.join(cameras)}")
+        for camera, image in images.items():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise PolicyError(f"camera {camera}: found {found}; expected (H, W, 3) uint8 RGB")
+            if self.contract.image_resize is None and image.shape[:2] != cameras[camera]:
+                raise PolicyError(
+                    f"camera {camera}: images are {image.shape[0]}x{image.shape[1]}; the policy was trained on "
+                    f"{cameras[camera][0]}x{cameras[camera][1]} (HxW) and never resized"
+                )
+
+    @torch.inference_mode()
+    def _infer(self, state: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        observation = {STATE: torch.from_numpy(state)[None].to(self.device)}
+        for camera in self.contract.cameras:
+            image = np.ascontiguousarray(resize_image(images[camera], self.contract.image_resize))
+            pixels = torch.from_numpy(image).to(self.device)  # travels as bytes
+            observation[image_key(camera)] = pixels.permute(2, 0, 1)[None].float() / 255
+        chunk = self._backend.chunk(observation)[0].float().cpu().numpy()
+        if not np.isfinite(chunk).all():
+            raise PolicyError(
+                "the policy's actions are not finite; they must not reach a robot: use another checkpoint"
+            )
+        return chunk
+
+
+def _device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available[name]:
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        raise PolicyError(f"device {name}: not available on this machine (found {there}); use --device auto")
+    return torch.device(name)

@@ -1,0 +1,445 @@
+"""What a person looks at after an evaluation: pictures (with matplotlib), and one HTML page that holds them all.
+
+Colours are Okabe and Ito's, which people with any colour vision can tell apart; no verdict is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from .config import CONTROL_HZ, RobotContract
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .results import EpisodeResult
+
+RECORDED, PREDICTED, ERROR, BUDGET = "0.25", "#0072B2", "#D55E00", "#009E73"
+POLICY_COLOURS = {"policy": PREDICTED, "no motion": "0.55", "mean action": "0.8"}
+THUMBNAIL_HEIGHT = 120  # pixels
+COLUMNS = 3  # joint panels side by side
+
+
+# -- the verdict, in words ------------------------------------------------------------------------------------------
+
+
+def verdict_text(summary: Mapping[str, Any]) -> str:
+    """One line: is it better than doing nothing, and is it fast enough?"""
+    return "; ".join(text for _, text in _verdicts(summary))
+
+
+def _verdicts(summary: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    verdict, error, latency = summary["verdict"], summary["error"], summary["latency"]
+    name, best = min(((n, of["mae"]) for n, of in error.items() if n != "policy"), key=lambda item: item[1])
+    ratio = verdict["times_better_than_best_baseline"]
+    if verdict["better_than_baselines"]:
+        said = "better than both baselines"
+        said += f" ('{name}', the better of them, is off by {ratio:.1f} times as much)" if ratio else ""
+    else:
+        said = f"NOT better than '{name}' (mean absolute error {error['policy']['mae']:.3g} against {best:.3g})"
+    p99, count = latency["inference"]["p99_ms"], latency["inference"]["count"]
+    fast = "real-time" if verdict["realtime_30hz"] else "NOT real-time"
+    timing = f"{fast} at {CONTROL_HZ:g} Hz (p99 of {count} inferences {p99:.1f} ms, limit {1e3 / CONTROL_HZ:.1f})"
+    return [(verdict["better_than_baselines"], said), (verdict["realtime_30hz"], timing)]
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _new_figure(width_in: float, height_in: float) -> Figure:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(width_in, height_in), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.02, h_pad=0.05)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def draw_episode(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
+    """Predicted against recorded actions per joint, the error below, and what the cameras saw along the time axis."""
+    scale, unit = (1e3, "mrad per frame") if contract.action_mode == "delta" else (1.0, "rad")
+    mae = np.abs(result.predicted - result.recorded).mean()
+    title = f"{result.name}: predicted against recorded {contract.action_mode} actions, mean absolute error "
+    title += f"{mae * scale:.3g} {unit}"
+    _draw_joints(
+        path, result, joints, title, f"action, {unit}", result.predicted * scale, result.recorded * scale, "predicted",
+        np.abs(result.predicted - result.recorded) * scale, "|error|",
+    )  # fmt: skip
+
+
+def draw_rollout(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
+    """Where the policy's own actions lead, against the recorded joint path, and the drift below."""
+    drift = contract.difference(result.rollout_rad, result.state_rad)
+    title = f"{result.name}: rollout (images stay the recorded ones) against the recorded joint path, largest drift "
+    title += f"{np.abs(drift).max():.3g} rad"
+    # Beside the rollout, on its turn, so that wrapping draws no jump.
+    recorded = result.rollout_rad - drift
+    _draw_joints(
+        path, result, joints, title, "position, rad", result.rollout_rad, recorded, "rollout", np.abs(drift), "|drift|"
+    )
+
+
+def _draw_joints(
+    path: Path,
+    result: EpisodeResult,
+    joints: Sequence[str],
+    title: str,
+    ylabel: str,
+    ours: np.ndarray,
+    recorded: np.ndarray,
+    our_name: str,
+    error: np.ndarray,
+    error_name: str,
+) -> None:
+    if not can_draw():
+        return
+    # A line is not drawn across a cut in the recording.
+    cuts = np.flatnonzero(np.diff(result.frame) != 1) + 1
+    seconds = np.insert(result.timestamp_s, cuts, np.nan)
+    ours, recorded, error = (
+        np.insert(values.astype(float), cuts, np.nan, axis=0) for values in (ours, recorded, error)
+    )
+    strips = _strips(result.thumbnails)
+    rows = -(-len(joints) // COLUMNS)
+    figure = _new_figure(13, 1.3 * len(strips) + 3.1 * rows + 0.6)
+    figure.suptitle(title, fontsize=13)
+    grid = figure.add_gridspec(len(strips) + rows, COLUMNS, height_ratios=[1.3] * len(strips) + [3.1] * rows)
+    for i, (camera, (strip, centres, times)) in enumerate(strips.items()):
+        axes = figure.add_subplot(grid[i, :])
+        axes.imshow(strip)
+        axes.set_ylabel(camera)
+        axes.set_xticks(centres, [f"{time:.1f} s" for time in times])
+        axes.set_yticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    starts = result.timestamp_s[result.inferred]
+    for j, name in enumerate(joints):
+        cell = grid[len(strips) + j // COLUMNS, j % COLUMNS].subgridspec(2, 1, height_ratios=[3, 1], hspace=0.05)
+        upper = figure.add_subplot(cell[0])
+        lower = figure.add_subplot(cell[1], sharex=upper)
+        if not result.inferred.all():  # chunks: where a new one begins
+            for axes in (upper, lower):
+                axes.vlines(starts, 0, 1, transform=axes.get_xaxis_transform(), color="0.75", linewidth=1, zorder=0)
+        upper.plot(seconds, recorded[:, j], color=RECORDED, linewidth=2.4, label="recorded")
+        upper.plot(seconds, ours[:, j], color=PREDICTED, linewidth=1.6, label=our_name)
+        lower.fill_between(seconds, error[:, j], color=ERROR, alpha=0.85, linewidth=0, label=error_name)
+        lower.set_ylim(bottom=0)
+        upper.set_title(name, fontsize=12)
+        upper.tick_params(labelbottom=False)
+        upper.grid(alpha=0.25)
+        lower.grid(alpha=0.25)
+        if j % COLUMNS == 0:
+            upper.set_ylabel(ylabel)
+            lower.set_ylabel(error_name)
+        if j + COLUMNS >= len(joints):
+            lower.set_xlabel("s")
+    handles = [*upper.get_lines()[:2], lower.collections[-1]]
+    labels = ["recorded", our_name, error_name]
+    if not result.inferred.all():
+        handles.append(upper.collections[0])
+        labels.append("new chunk")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    _save(figure, path)
+
+
+def _strips(
+    thumbnails: Sequence[tuple[float, dict[str, np.ndarray]]],
+) -> dict[str, tuple[np.ndarray, list[float], list[float]]]:
+    """camera -> (its frames side by side, the middle of each in pixels, its time in seconds)."""
+    strips = {}
+    for camera in thumbnails[0][1] if thumbnails else ():
+        parts, centres, x = [], [], 0
+        for _, images in thumbnails:
+            height, width = images[camera].shape[:2]
+            new_width = max(1, round(width * THUMBNAIL_HEIGHT / height))
+            way = cv2.INTER_AREA if THUMBNAIL_HEIGHT < height else cv2.INTER_CUBIC
+            parts.append(cv2.resize(images[camera], (new_width, THUMBNAIL_HEIGHT), interpolation=way))
+            parts.append(np.full((THUMBNAIL_HEIGHT, 4, 3), 255, np.uint8))
+            centres.append(x + new_width / 2)
+            x += new_width + 4
+        strips[camera] = (np.hstack(parts[:-1]), centres, [time for time, _ in thumbnails])
+    return strips
+
+
+def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[np.ndarray]) -> None:
+    """Error per joint and per episode beside the baselines, error by position in the chunk, latency; and, after a
+    rollout, drift over time. `inference_s`: seconds of the steps that inferred, per episode."""
+    if not can_draw():
+        return
+    scale, unit = (1e3, "mrad per frame") if summary["unit"] == "rad per frame" else (1.0, "rad")
+    rollout = summary["rollout"]
+    figure = _new_figure(13, 11.5 if rollout else 8)
+    figure.suptitle(f"{summary['policy']['name']}\n{verdict_text(summary)}", fontsize=13)
+    grid = figure.add_gridspec(3 if rollout else 2, 2)
+
+    joints = list(summary["error"]["policy"]["per_joint"])
+    axes = figure.add_subplot(grid[0, 0])
+    per_joint = {p: [scale * of["per_joint"][j]["mae"] for j in joints] for p, of in summary["error"].items()}
+    _bars(axes, joints, per_joint)
+    axes.set(title="error per joint", ylabel=f"mean absolute error, {unit}")
+    axes.legend(frameon=False)
+
+    axes = figure.add_subplot(grid[0, 1])
+    episodes = summary["episodes"]
+    shown = episodes if len(episodes) <= 12 else sorted(episodes, key=lambda e: -e["mae"]["policy"])[:12]
+    _bars(axes, [e["name"] for e in shown], {p: [scale * e["mae"][p] for e in shown] for p in POLICY_COLOURS})
+    which = "" if len(episodes) <= 12 else f" (the worst 12 of {len(episodes)})"
+    axes.set(title=f"error per episode{which}", ylabel=f"mean absolute error, {unit}")
+
+    axes = figure.add_subplot(grid[1, 0])
+    by_position = np.array(summary["error_by_chunk_position"]["mae"]) * scale
+    axes.plot(np.arange(1, len(by_position) + 1), by_position, color=PREDICTED, linewidth=2, label="policy")
+    for name in ("no motion", "mean action"):
+        mae = summary["error"][name]["mae"] * scale
+        axes.axhline(mae, color=POLICY_COLOURS[name], linestyle="--", label=name)
+    fps = summary["contract"]["fps"]
+    chunks = max(summary["error_by_chunk_position"]["count"])
+    axes.set(
+        title=f"error by position in the chunk ({chunks} chunks)", ylabel=f"mean absolute error, {unit}", ylim=(0, None)
+    )
+    axes.set_xlabel(f"frames ahead (1 frame = {1e3 / fps:.1f} ms)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+    axes = figure.add_subplot(grid[1, 1])
+    milliseconds, budget = 1e3 * np.concatenate(inference_s), 1e3 / CONTROL_HZ
+    far = max(1.15 * budget, 1.05 * milliseconds.max())
+    axes.hist(milliseconds, bins=np.linspace(0, far, 60), color=PREDICTED)
+    p99 = summary["latency"]["inference"]["p99_ms"]
+    axes.axvline(p99, color=ERROR, linewidth=2, label=f"p99 {p99:.1f} ms")
+    axes.axvline(budget, color=BUDGET, linewidth=2, linestyle="--", label=f"{CONTROL_HZ:g} Hz: {budget:.1f} ms")
+    axes.set(title=f"latency of {len(milliseconds)} inferences", xlabel="ms", ylabel="inferences")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+
+    if rollout:
+        axes = figure.add_subplot(grid[2, :])
+        rows = rollout["over_time"]
+        seconds = [row["middle_s"] for row in rows]
+        for name, colour in zip(joints, _cycle(len(joints)), strict=True):
+            axes.plot(
+                seconds, [row["per_joint_rad"][name] for row in rows], "o-", markersize=4, color=colour, label=name
+            )
+        axes.plot(seconds, [row["mean_rad"] for row in rows], color="0", linewidth=3, label="mean")
+        axes.set(
+            title=f"drift of {rollout['pieces']} rollouts from the recorded path (images stay the recorded ones)",
+            xlabel="s since the start", ylabel="|rollout - recorded|, rad", ylim=(0, None),
+        )  # fmt: skip
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, ncols=2)
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, groups: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+    """Groups of (label, summary), best first: mean absolute error beside the better baseline, and latency."""
+    sizes = [len(group) for group in groups]
+    figure = _new_figure(13, 1.6 * len(groups) + 0.45 * sum(sizes) + 0.6)
+    grid = figure.add_gridspec(len(groups), 2, height_ratios=[size + 2 for size in sizes], width_ratios=[3, 2])
+    budget = 1e3 / CONTROL_HZ
+    for i, group in enumerate(groups):
+        first = group[0][1]
+        scale, unit = (1e3, "mrad per frame") if first["unit"] == "rad per frame" else (1.0, "rad")
+        y, names = np.arange(len(group)), [label for label, _ in group]
+        axes = figure.add_subplot(grid[i, 0])
+        mae = [s["error"]["policy"]["mae"] * scale for _, s in group]
+        axes.barh(y, mae, color=PREDICTED, height=0.7)
+        for row, value in zip(y, mae, strict=True):
+            axes.text(value, row, f" {value:.3g}", va="center")
+        # The mean of the training data is each policy's own; staying put is the same for all.
+        axes.axvline(first["error"]["no motion"]["mae"] * scale, color="0.45", linestyle="--", label="no motion")
+        axes.set(xlabel=f"mean absolute error, {unit}", xlim=(0, None))
+        episodes = len(first["selection"]["episodes"])
+        axes.set_title(
+            f"{episodes} episodes, {first['frames']} frames of {Path(first['dataset']['path']).name}",
+            fontsize=12,
+            loc="left",
+        )
+        axes.set_yticks(y, names)
+        axes.invert_yaxis()
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+        axes = figure.add_subplot(grid[i, 1])
+        axes.barh(y, [s["latency"]["inference"]["p99_ms"] for _, s in group], color="0.6", height=0.7)
+        axes.axvline(budget, color=BUDGET, linestyle="--", label=f"{CONTROL_HZ:g} Hz: {budget:.1f} ms")
+        axes.set(xlabel="p99 of an inference, ms", yticks=[], xlim=(0, None))
+        axes.invert_yaxis()
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def _bars(axes: Axes, labels: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
+    width = 0.8 / len(groups)
+    for i, (name, values) in enumerate(groups.items()):
+        x = np.arange(len(labels)) + (i - (len(groups) - 1) / 2) * width
+        axes.bar(x, values, width, color=POLICY_COLOURS[name], label=name)
+    axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", rotation_mode="anchor")
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
+
+
+def _cycle(count: int) -> list[str]:
+    okabe_ito = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
+    return [okabe_ito[i % len(okabe_ito)] for i in range(count)]
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1200px; margin: 2rem auto;
+       padding: 0 1.5rem; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ddd; }
+p.sub { color: #666; margin: .2rem 0 1.2rem; }
+.verdicts { display: flex; flex-wrap: wrap; gap: .8rem; }
+.verdict { flex: 1 1 20rem; border-left: 6px solid; padding: .6rem 1rem; background: #f6f7f8; font-weight: 600; }
+.yes { border-color: #0072B2; } .no { border-color: #D55E00; }
+table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; } table.facts td { text-align: left; }
+img { width: 100%; height: auto; margin: .5rem 0; } .wide { overflow-x: auto; }
+ul.notes { background: #fdf6e3; padding: .7rem 1rem .7rem 2rem; margin: 1rem 0; }
+code { font-size: .9em; overflow-wrap: anywhere; } footer { color: #666; margin-top: 3rem; font-size: .9rem; }
+"""
+
+
+def html(summary: Mapping[str, Any], folder: Path) -> str:
+    """The page, self-contained: pictures of `folder` are inside it, and nothing is loaded from anywhere."""
+    policy, latency, unit = summary["policy"], summary["latency"], summary["unit"]
+    verdicts = _verdicts(summary) + [
+        (
+            gate["passed"],
+            f"{gate['gate']} {gate['limit']:g}: {'passed' if gate['passed'] else 'EXCEEDED'} ({gate['found']:.4g})",
+        )
+        for gate in summary["verdict"]["gates"]
+    ]
+    boxes = "".join(
+        f'<div class="verdict {"yes" if good else "no"}">{"✓" if good else "✗"} {escape(text)}</div>'
+        for good, text in verdicts
+    )
+    backend = f"{policy['backend']} {policy['backend_version'] or ''}".strip()
+    steps = f", step {policy['step']}" if policy["step"] is not None else ""
+    parts = [
+        f"<h1>{escape(policy['name'])}</h1>",
+        f'<p class="sub">ACT, {policy["parameters"] / 1e6:.1f} M parameters{steps}, on {len(summary["episodes"])} '
+        f"recorded episodes ({summary['frames']} frames), {escape(backend)} on {escape(policy['device_name'])}, "
+        f"{escape(summary['created'])}</p>",
+        f'<div class="verdicts">{boxes}</div>',
+    ]
+    if summary["notes"]:
+        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in summary["notes"]) + "</ul>")
+
+    parts += [f"<h2>Error per joint, {escape(unit)}</h2>", _error_table(summary), _picture(folder, "overview.png")]
+    if summary["rollout"]:
+        parts += ["<h2>Rollout</h2>", _rollout_table(summary["rollout"])]
+    parts += [f"<h2>Episodes: mean absolute error, {escape(unit)}</h2>", _episode_table(summary)]
+    for episode in summary["episodes"]:
+        parts.append(_picture(folder, f"episode_{episode['index']:03d}.png"))
+        parts.append(_picture(folder, f"episode_{episode['index']:03d}_rollout.png"))
+
+    parts += ["<h2>Latency, ms</h2>", _latency_table(latency)]
+    parts.append(
+        "<p>A control step is everything from joint state and camera images to an action in host memory, and the "
+        "device is waited for. Steps that took an action from the queue are counted apart; real-time is decided on the "
+        "p99 of the steps that inferred.</p>"
+    )
+    parts.append("<h2>What was evaluated</h2>")
+    parts += [_facts(name, summary[name]) for name in ("policy", "contract", "dataset", "selection", "versions")]
+    parts.append(
+        "<footer>The policy saw the recorded states and images (“teacher-forced”). <i>No motion</i> keeps the arm "
+        "where it is; <i>mean action</i> is the mean of the training data. Numbers: <code>summary.json</code>; every "
+        "step: <code>episode_*.parquet</code>, with units in the schema.</footer>"
+    )
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(policy['name'])}: offline evaluation</title>"
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _error_table(summary: Mapping[str, Any]) -> str:
+    error = summary["error"]
+    rows = [("all", error)]
+    rows += [(joint, {n: of["per_joint"][joint] for n, of in error.items()}) for joint in error["policy"]["per_joint"]]
+    texts = []
+    for name, of in rows:
+        policy, baselines = of["policy"], [of[n]["mae"] for n in ("no motion", "mean action")]
+        numbers = [policy["mae"], policy["rmse"], policy["max"], *baselines]
+        texts.append([name, *(f"{x:.5f}" for x in numbers), "yes" if policy["mae"] < min(baselines) else "NO"])
+    header = [
+        "mean absolute",
+        "root mean square",
+        "largest",
+        "no motion: mean",
+        "mean action: mean",
+        "better than both",
+    ]
+    return _table(["joint", *header], texts)
+
+
+def _rollout_table(rollout: Mapping[str, Any]) -> str:
+    rows = [["mean of all", f"{rollout['final_mean_rad']:.4f}", f"{rollout['max_rad']:.4f}"]]
+    rows += [[j, f"{of['final_mean_rad']:.4f}", f"{of['max_rad']:.4f}"] for j, of in rollout["per_joint"].items()]
+    return f"<p>{escape(rollout['explained'])}.</p>" + _table(["joint", "at the end, mean, rad", "largest, rad"], rows)
+
+
+def _episode_table(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for episode in summary["episodes"]:
+        seen = {True: "yes", False: "no", None: "unknown"}[episode["trained_on"]]
+        mae = [f"{episode['mae'][name]:.5f}" for name in POLICY_COLOURS]
+        rows.append([episode["name"], str(episode["frames"]), *mae, f"{episode['max']:.5f}", seen])
+    return _table(["episode", "frames", *POLICY_COLOURS, "largest error", "trained on"], rows)
+
+
+def _latency_table(latency: Mapping[str, Any]) -> str:
+    rows = []
+    for name, kind in (("inference", "inference"), ("from the queue", "cached_pop"), ("warm-up", "warm_up")):
+        of = latency[kind]
+        times = ["" if of[p] is None else f"{of[p]:.3f}" for p in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
+        rows.append([name, str(of["count"]), *times])
+    return _table(["step", "count", "p50", "p95", "p99", "largest"], rows)
+
+
+def _facts(name: str, facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(str(value))}</code></td></tr>"
+        for key, value in facts.items()
+        if value is not None
+    )
+    opened = " open" if name == "policy" else ""
+    return f'<details{opened}><summary>{escape(name)}</summary><table class="facts">{rows}</table></details>'
+
+
+def _picture(folder: Path, name: str) -> str:
+    if not (folder / name).exists():
+        return ""
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    return f'<img alt="{escape(name)}" loading="lazy" src="data:image/png;base64,{data}">'

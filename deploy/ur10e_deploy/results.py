@@ -1,0 +1,358 @@
+"""What an evaluation measures and writes: errors beside the baselines, drift, parquet with units, summary.json."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from act_model import ACTION
+from lerobot_checkpoint import PRETRAINED, WEIGHTS, file_sha256
+
+from . import report
+from .checks import EvalError
+from .config import RobotContract
+from .policy_runner import PolicyRunner
+from .sources import EpisodeSource
+
+DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of so much time since their start
+# What an evaluation writes: only a directory with nothing else in it is written over.
+RESULT_FILE = re.compile(
+    r"report\.html|summary\.json|overview\.png|all_episodes\.parquet|episode_\d+(_rollout)?\.(parquet|png)"
+)
+
+
+@dataclass
+class EpisodeResult:
+    """The policy on the N evaluated frames of an episode; J joints."""
+
+    index: int
+    name: str
+    frame: np.ndarray  # (N,) int64, position in the episode
+    timestamp_s: np.ndarray  # (N,) float64, since the episode's start
+    state_rad: np.ndarray  # (N, J) float32, recorded
+    predicted: np.ndarray  # (N, J) float32
+    recorded: np.ndarray  # (N, J) float32
+    seconds: np.ndarray  # (N,) float64, what the control step took
+    inferred: np.ndarray  # (N,) bool; False: the action came from the queue
+    segment: np.ndarray  # (N,) int64
+    rollout_rad: np.ndarray | None  # (N, J) float64: where the policy's own actions have led by this frame
+    without_action: int  # frames in the range that have no recorded action, and were left out
+    thumbnails: list[tuple[float, dict[str, np.ndarray]]]  # (seconds, camera -> image)
+
+
+@dataclass
+class ChunkErrors:
+    """Sum of |error| and number of recorded actions by position in the chunk: how far ahead can it see?"""
+
+    total: np.ndarray  # (chunk, J) float64
+    count: np.ndarray  # (chunk,) int64
+
+    def add(self, chunk: np.ndarray, recorded: np.ndarray) -> None:
+        """chunk (chunk, J); recorded (n, J), the actions that followed, n <= chunk."""
+        n = len(recorded)
+        self.total[:n] += np.abs(chunk[:n].astype(np.float64) - recorded)
+        self.count[:n] += 1
+
+
+def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
+    """(N, J) the actions that keep the arm where it is: zero deltas, or the present position, on the turn that the
+    recorded action is on (the state is wrapped, the action is not)."""
+    if contract.action_mode == "delta":
+        return np.zeros_like(result.recorded)
+    return (result.recorded - contract.difference(result.recorded, result.state_rad)).astype(np.float32)
+
+
+def errors(predicted: np.ndarray, recorded: np.ndarray, joints: Sequence[str]) -> dict[str, Any]:
+    """Mean absolute, root mean square and largest error of (N, J) actions, overall and per joint."""
+    error = np.abs(predicted.astype(np.float64) - recorded)
+
+    def of(values: np.ndarray) -> dict[str, float]:
+        return {"mae": float(values.mean()), "rmse": float(np.sqrt((values**2).mean())), "max": float(values.max())}
+
+    return of(error) | {"per_joint": {name: of(error[:, j]) for j, name in enumerate(joints)}}
+
+
+def drift_over_time(results: Sequence[EpisodeResult], contract: RobotContract, joints: Sequence[str]) -> dict[str, Any]:
+    """How far the rollouts are from the recorded joint path: at the last frame of every piece, and by time."""
+    seconds, drift, last = [], [], []
+    for result in results:
+        distance = np.abs(contract.difference(result.rollout_rad, result.state_rad))
+        cuts = np.flatnonzero((np.diff(result.frame) != 1) | (np.diff(result.segment) != 0)) + 1
+        for piece in np.split(np.arange(len(result.frame)), cuts):
+            seconds.append(result.timestamp_s[piece] - result.timestamp_s[piece[0]])
+            drift.append(distance[piece])
+            last.append(distance[piece[-1]])
+    every = np.concatenate(drift)
+    interval = np.floor(np.concatenate(seconds) / DRIFT_INTERVAL_S).astype(int)
+    return {
+        "explained": "|rollout - recorded joint position|, rad, when the policy's own actions are followed from the "
+        "first frame of each uninterrupted piece; the images stay the recorded ones",
+        "pieces": len(last),
+        "final_mean_rad": float(np.mean(last)),
+        "max_rad": float(every.max()),
+        "per_joint": {
+            name: {"final_mean_rad": float(np.mean([row[j] for row in last])), "max_rad": float(every[:, j].max())}
+            for j, name in enumerate(joints)
+        },
+        "over_time": [
+            {
+                "middle_s": (int(i) + 0.5) * DRIFT_INTERVAL_S,
+                "mean_rad": float(every[interval == i].mean()),
+                "per_joint_rad": dict(zip(joints, every[interval == i].mean(axis=0).tolist(), strict=True)),
+            }
+            for i in np.unique(interval)
+        ],
+    }
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) -> pa.Table:
+    """One row per evaluated frame. Every field says its unit and what it is in its metadata."""
+    columns: list[tuple[str, Any, pa.DataType, str, str]] = [
+        ("episode_index", np.full(len(result.frame), result.index), pa.int64(), "", "episode in the dataset"),
+        ("step", np.arange(len(result.frame)), pa.int64(), "", "row in this evaluation of the episode"),
+        ("frame_index", result.frame, pa.int64(), "", "frame in the episode"),
+        ("timestamp", result.timestamp_s, pa.float64(), "s", "since the episode's start"),
+    ]
+    unit, error = contract.action_unit, np.abs(result.predicted - result.recorded)
+    groups = [
+        ("joint_position", result.state_rad, "rad", "recorded position"),
+        ("predicted_action", result.predicted, unit, f"predicted {contract.action_mode} action"),
+        ("gt_action", result.recorded, unit, f"recorded {contract.action_mode} action"),
+        ("abs_error", error, unit, "|predicted - recorded|"),
+    ]
+    if result.rollout_rad is not None:
+        groups.append(
+            ("rollout_position", result.rollout_rad, "rad", "where the policy's own actions led, not wrapped")
+        )
+    full_names = contract.joint_names or names
+    for prefix, values, group_unit, what in groups:
+        for j, name in enumerate(names):
+            kind = pa.float64() if prefix == "rollout_position" else pa.float32()
+            columns.append((f"{prefix}_{name}", values[:, j], kind, group_unit, f"{what} of {full_names[j]}"))
+    cached = ~result.inferred
+    columns += [
+        (
+            "inference_time_s", pa.array(result.seconds, mask=cached), pa.float64(), "s",
+            "control step that inferred, joint state and images to action; null where the action came from the queue",
+        ),
+        ("control_step_s", result.seconds, pa.float64(), "s", "control step, whether it inferred or not"),
+    ]  # fmt: skip
+    schema = pa.schema(
+        [
+            pa.field(name, kind, metadata={"unit": unit, "description": what} if unit else {"description": what})
+            for name, _, kind, unit, what in columns
+        ],
+        metadata={"action_mode": contract.action_mode, "episode": result.name},
+    )
+    arrays = [values if isinstance(values, pa.Array) else pa.array(values, kind) for _, values, kind, _, _ in columns]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+class Output:
+    """The output directory. Every file is complete under its name or not there (written beside it, then renamed).
+
+    Raises:
+        EvalError: the directory holds something else than an earlier evaluation.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise EvalError(f"--output {folder}: is a file; name a folder")
+        self._earlier = sorted(p for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else []
+        foreign = [p.name for p in self._earlier if not RESULT_FILE.fullmatch(p.name)]
+        if foreign:
+            raise EvalError(
+                f"--output {folder}: holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no "
+                "evaluation writes; name a new or empty folder (an earlier evaluation's is written over)"
+            )
+
+    def clear(self) -> bool:
+        """Make the folder, and remove an earlier evaluation, summary.json first; -> whether there was one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._earlier, key=lambda p: p.name != "summary.json"):
+            path.unlink()
+        for path in self.folder.glob(".*.partial"):  # of one that was killed
+            path.unlink()
+        return bool(self._earlier)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write to, which gets its name when the block ends well."""
+        partial = self.folder / f".{name}.partial"
+        try:
+            yield partial
+            if partial.exists():  # a picture is not drawn where matplotlib is not installed
+                os.replace(partial, self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def checkpoint_identity(runner: PolicyRunner) -> dict[str, Any]:
+    """Which policy this was: enough to find it again, and to know that it is the same."""
+    path = runner.policy.path
+    owner = path.parent if path.name == PRETRAINED else path
+    step = re.search(r"(\d{3,})$", owner.name)
+    return {
+        "path": str(path),
+        "name": "/".join(owner.parts[-2:]),
+        "step": int(step[1]) if step else None,
+        "weights_sha256": file_sha256(path / WEIGHTS),
+        "parameters": sum(p.numel() for p in runner.policy.model.parameters()),
+        "trained_by": runner.contract.code or None,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("numpy", "lerobot", "pyarrow", "av", "opencv-python-headless", "ur10e-act-train"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def summarise(
+    runner: PolicyRunner,
+    source: EpisodeSource,
+    results: Sequence[EpisodeResult],
+    chunk_errors: ChunkErrors,
+    args: argparse.Namespace,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What summary.json holds."""
+    contract, names = runner.contract, runner.contract.joint_labels
+    mean_action = runner.policy.stats[ACTION]["mean"]
+
+    def compared(of: Sequence[EpisodeResult]) -> dict[str, Any]:
+        recorded = np.concatenate([r.recorded for r in of])
+        policies = {
+            "policy": np.concatenate([r.predicted for r in of]),
+            "no motion": np.concatenate([no_motion(r, contract) for r in of]),
+            "mean action": np.broadcast_to(mean_action, recorded.shape),
+        }
+        return {name: errors(action, recorded, names) for name, action in policies.items()}
+
+    error, latency = compared(results), runner.latency()
+    value = {"--max-mae": error["policy"]["mae"], "--max-p99-ms": latency["inference"]["p99_ms"]}
+    limit = {"--max-mae": args.max_mae, "--max-p99-ms": args.max_p99_ms}
+    seen = chunk_errors.count > 0
+    by_position = chunk_errors.total[seen] / chunk_errors.count[seen, None]
+    baseline = min(error["no motion"]["mae"], error["mean action"]["mae"])
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return {
+        "verdict": {
+            "better_than_baselines": error["policy"]["mae"] < baseline,
+            "times_better_than_best_baseline": baseline / error["policy"]["mae"] if error["policy"]["mae"] else None,
+            "realtime_30hz": latency["realtime_30hz"],
+            "gates": [
+                {"gate": gate, "limit": limit[gate], "found": value[gate], "passed": value[gate] <= limit[gate]}
+                for gate in limit
+                if limit[gate] is not None
+            ],
+        },
+        "unit": contract.action_unit,
+        "error": error,
+        "error_by_chunk_position": {
+            "explained": "mean |predicted - recorded| of the i-th action of a chunk, over the inferred chunks",
+            "mae": by_position.mean(axis=1).tolist(),
+            "per_joint": {name: by_position[:, j].tolist() for j, name in enumerate(names)},
+            "count": chunk_errors.count[seen].tolist(),
+        },
+        "rollout": drift_over_time(results, contract, names) if args.rollout else None,
+        "latency": latency,
+        "episodes": [
+            {
+                "index": r.index,
+                "name": r.name,
+                "frames": len(r.frame),
+                "frames_without_action": r.without_action,
+                "trained_on": r.name in contract.training_episodes if contract.data_settings and args.bags else None,
+                "mae": {name: of["mae"] for name, of in compared([r]).items()},
+                "rmse": errors(r.predicted, r.recorded, names)["rmse"],
+                "max": errors(r.predicted, r.recorded, names)["max"],
+            }
+            for r in results
+        ],
+        "frames": sum(len(r.frame) for r in results),
+        "policy": checkpoint_identity(runner)
+        | {
+            "backend": runner.backend,
+            "backend_version": runner.backend_version,
+            "device": runner.device.type,
+            "device_name": torch.cuda.get_device_name() if runner.device.type == "cuda" else cpu,
+            "mode": runner.mode,
+            "chunk_size": runner.chunk_size,
+            "n_action_steps": runner.n_action_steps,
+            "ensemble_m": runner.ensemble_m if runner.mode == "ensemble" else None,
+        },
+        "contract": {
+            "source": contract.source,
+            "action_mode": contract.action_mode,
+            "joint_names": list(contract.joint_names) if contract.joint_names else None,
+            "joint_sign": list(contract.joint_sign),
+            "wrap_angles": contract.wrap_angles,
+            "fps": contract.fps or source.fps,
+            "image_resize": contract.image_resize,
+            "cameras": contract.cameras,
+        },
+        "dataset": source.identity,
+        "selection": {
+            "episodes": [r.index for r in results],
+            "start_frame": args.start_frame,
+            "num_steps": args.num_steps,
+        },
+        "notes": [*notes, *source.notes],
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def screen(summary: Mapping[str, Any], folder: Path, picture: str) -> str:
+    """The end of a run on one screen."""
+    policy, error, latency, verdict = (summary[key] for key in ("policy", "error", "latency", "verdict"))
+    inference, pops, unit = latency["inference"], latency["cached_pop"], summary["unit"]
+    backend = f"{policy['backend']} {policy['backend_version'] or ''}".strip()
+    executes = f", executes {policy['n_action_steps']}" if policy["mode"] == "chunk" else ""
+    worst = max(error["policy"]["per_joint"].items(), key=lambda item: item[1]["mae"])
+    names = [episode["name"] for episode in summary["episodes"]]
+    episodes = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    what = f"{policy['name']}, {policy['parameters'] / 1e6:.1f} M parameters, {backend} on {policy['device']}"
+    lines = [
+        ("policy", f"{what}, mode {policy['mode']} (chunks of {policy['chunk_size']}{executes})"),
+        ("data", f"{summary['dataset']['path']}: {episodes}; {summary['frames']} frames"),
+        ("error", f"mean absolute, {unit}: " + ", ".join(f"{name} {of['mae']:.3g}" for name, of in error.items())),
+        ("worst joint", f"{worst[0]}: mean {worst[1]['mae']:.3g}, largest {worst[1]['max']:.3g}"),
+    ]
+    if summary["rollout"]:
+        final, largest = summary["rollout"]["final_mean_rad"], summary["rollout"]["max_rad"]
+        lines.append(("rollout", f"drift at the end {final:.3g} rad on average, largest {largest:.3g}"))
+    times = ", ".join(f"{name} {inference[f'{name}_ms']:.1f}" for name in ("p50", "p95", "p99", "max"))
+    apart = f"{pops['count']} cached steps and {latency['warm_up']['count']} warm-up inferences apart"
+    lines.append(("latency", f"{times} ms of {inference['count']} inferences ({apart})"))
+    lines.append(("verdict", report.verdict_text(summary)))
+    for gate in verdict["gates"]:
+        passed = "passed" if gate["passed"] else "EXCEEDED"
+        lines.append(("gate", f"{gate['gate']} {gate['limit']:g}: {passed} ({gate['found']:.4g})"))
+    lines += [
+        ("results", f"{folder}/ (summary.json, parquet, pictures{picture})"),
+        ("open first", f"{folder}/report.html"),
+    ]
+    return "\n" + "\n".join(f"  {name:<11} {text}" for name, text in lines) + "\n"

@@ -1,0 +1,271 @@
+"""Recorded episodes for the offline evaluation, whatever they are stored in.
+
+    source = LeRobotDatasetSource(root)                         # lerobot_dataset.py: LeRobot v3.0, without lerobot
+    source = BagSource(bag_dir, values, cache_dir)              # ROS 2 bags, decoded exactly as in training
+    for index in source.episode_indices():
+        episode = source.episode(index)                         # states, actions, times: small
+        for frame in source.frames(index): ...                  # pixels, one frame at a time: constant memory
+
+Both are an EpisodeSource. Whatever is wrong with a recording is a SourceError: one line that says where, what was
+found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+import rosbag_dataset
+from rosbag_dataset import Bag, BagError, Episode
+
+
+class SourceError(Exception):
+    """A dataset or bag that cannot be evaluated: one line saying where, what, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names inside damaged files may hold line breaks
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment of an episode, with its pixels.
+
+    Attributes:
+        index: position within the episode, from 0.
+        timestamp_s: seconds since the episode's start.
+        state_rad: (J,) float32.
+        images: camera -> (H, W, 3) uint8 RGB, the caller's to keep (never a view of a buffer that is used again).
+    """
+
+    index: int
+    timestamp_s: float
+    state_rad: np.ndarray
+    images: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class EpisodeData:
+    """Everything of an episode but its pixels, for n frames.
+
+    Attributes:
+        index: the episode's number in its source.
+        name: the bag's name, or "episode_000003".
+        timestamp_s: (n,) float64, seconds since the episode's start.
+        state_rad: (n, J) float32, all finite.
+        action: (n, A) float32, rad (absolute) or rad per frame (delta); a row is NaN where none was recorded
+            (the last frame of a bag's segment).
+        segment: (n,) int64, which uninterrupted piece a frame belongs to; no chunk, no delta and no rollout crosses
+            a change (frames were dropped there).
+    """
+
+    index: int
+    name: str
+    timestamp_s: np.ndarray
+    state_rad: np.ndarray
+    action: np.ndarray
+    segment: np.ndarray
+
+
+class EpisodeSource(Protocol):
+    """What the evaluation needs of a recording.
+
+    Attributes:
+        fps: frames per second.
+        joint_names: names of the state's J joints in order, or None when the source does not say.
+        cameras: camera -> (height, width) of its images as delivered.
+        action_mode: "delta" or "absolute" when the source knows it (bags: their settings), else None.
+        resized: the images already have the policy's size (bags are resized as in training).
+        notes: lines that a person should read, none of them fatal (a declared codec that is not the file's). Files
+            are opened when they are needed, so that reading may add to them: print them when done.
+        identity: what was evaluated, for the summary: path, kind, version, episodes, frames (None where it takes
+            decoding to know), sha256 (the same exactly when the content is, by sizes and the ends of large files).
+    """
+
+    fps: float
+    joint_names: list[str] | None
+    cameras: dict[str, tuple[int, int]]
+    action_mode: str | None
+    resized: bool
+    notes: list[str]
+    identity: dict[str, Any]
+
+    def episode_indices(self) -> list[int]:
+        """Numbers of all episodes, ascending."""
+
+    def episode_name(self, index: int) -> str:
+        """Name of an episode, without reading it. Raises SourceError when there is no such episode."""
+
+    def episode(self, index: int) -> EpisodeData:
+        """States, actions and times of an episode; checks that its images are there, without decoding them.
+
+        Raises:
+            SourceError: there is no such episode, or it is damaged.
+        """
+
+    def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        """Frames start <= i < stop (None: to the end) in order, decoded one by one in constant memory.
+
+        Raises:
+            SourceError: at once when the episode or the range does not exist; while iterating when an image is damaged.
+        """
+
+
+def frame_range(name: str, count: int, start: int, stop: int | None) -> range:
+    """The frames start <= i < stop of an episode of `count`.
+
+    Raises:
+        SourceError: the range leaves the episode.
+    """
+    stop = count if stop is None else stop
+    if not 0 <= start <= stop <= count:
+        raise SourceError(f"{name}: frames {start} to {stop} asked for, it has {count} (0 to {count})")
+    return range(start, stop)
+
+
+class BagSource:
+    """ROS 2 bags as an EpisodeSource: one bag is one episode, numbered by name over all bags in the folder.
+
+    A bag is decoded when it is first asked for (into `cache_dir`, which may be the training's: then nothing is decoded
+    twice), so that evaluating the held-out few does not cost decoding all. A bag that cannot be used is an error when
+    it is asked for, whatever `on_bad_bag` was in training.
+
+    Args:
+        bag_dir: searched recursively for bags.
+        values: the merged `data` and `conventions` of the checkpoint's train_config.json: topics, joints, fps, resize,
+            sign, wrapping, action mode. Its bag_dir and cache_dir are ignored.
+        cache_dir: folder for decoded frames.
+        progress: show a progress bar while decoding, when stderr is a terminal.
+
+    Raises:
+        SourceError: no bags there, or `values` lack a setting.
+    """
+
+    def __init__(self, bag_dir: Path, values: Mapping[str, Any], cache_dir: Path, progress: bool = True) -> None:
+        self._dir = Path(bag_dir)
+        with self._bag_errors("the checkpoint's settings"):
+            self._settings = rosbag_dataset.settings_from(
+                {**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)}
+            )
+        try:
+            self._bags: list[Bag] = rosbag_dataset.find_bags(self._dir)
+        except BagError:
+            found = "none" if self._dir.is_dir() else "a file" if self._dir.exists() else "nothing"
+            raise SourceError(
+                f"{self._dir}: expected a folder of ROS 2 bags (metadata.yaml, .db3 or .mcap files in it or below), "
+                f"found {found}; check the path"
+            ) from None
+        self._progress = progress and sys.stderr.isatty()
+        self._loaded: dict[int, Episode] = {}
+        self.fps = self._settings.fps
+        self.joint_names: list[str] | None = list(self._settings.joint_names)
+        self.action_mode: str | None = self._settings.action_mode
+        self.resized = True  # or the camera's own size, which the policy was then trained on
+        self.notes: list[str] = []
+
+    @cached_property
+    def cameras(self) -> dict[str, tuple[int, int]]:
+        """Without a resize in the settings it takes decoding a bag to know; the first that was asked for will do."""
+        if self._settings.image_resize:
+            return dict.fromkeys(self._settings.camera_topics, self._settings.image_resize)
+        return dict((next(iter(self._loaded.values()), None) or self._load(0)).image_shape)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for bag in self._bags:
+            try:
+                digest.update(f"{bag.name}\0{bag.identity()}\0".encode())
+            except OSError as error:
+                raise SourceError(f"{self._dir}: {bag.name}: {error.strerror or error}") from None
+        conventions = ("fps", "action_mode", "apply_joint_sign", "joint_sign", "wrap_angles", "image_resize")
+        return {
+            "path": str(self._dir),
+            "kind": "rosbag2",
+            "version": None,
+            "episodes": len(self._bags),
+            "frames": None,
+            "sha256": digest.hexdigest(),
+            "read_with": {name: getattr(self._settings, name) for name in conventions},
+        }
+
+    def episode_indices(self) -> list[int]:
+        return list(range(len(self._bags)))
+
+    def episode_name(self, index: int) -> str:
+        return self._bag(index).name
+
+    def episode(self, index: int) -> EpisodeData:
+        episode = self._load(index)
+        count = len(episode.time_ns)
+        action = episode.action.copy()
+        action[episode.action_stop == np.arange(count)] = np.nan
+        segment = np.repeat(np.arange(len(episode.segments)), np.diff(episode.segments, axis=1)[:, 0])
+        timestamp_s = (episode.time_ns - episode.time_ns[0]) / 1e9
+        return EpisodeData(index, episode.name, timestamp_s, episode.state, action, segment)
+
+    def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        data = self.episode(index)
+        episode = self._load(index)
+        wanted = frame_range(episode.name, len(episode.time_ns), start, stop)
+        # Memory maps: what has been read is page cache, which the system takes back when it needs it.
+        pixels = {camera: rosbag_dataset.open_pixels(episode, camera) for camera in episode.image_shape}
+        return (
+            Frame(
+                i,
+                float(data.timestamp_s[i]),
+                data.state_rad[i].copy(),
+                {camera: np.array(stored[episode.image_index[camera][i]]) for camera, stored in pixels.items()},
+            )
+            for i in wanted
+        )
+
+    def _bag(self, index: int) -> Bag:
+        if not 0 <= index < len(self._bags):
+            raise SourceError(f"{self._dir}: no episode {index}; the folder has {len(self._bags)} bags, from 0 on")
+        return self._bags[index]
+
+    def _load(self, index: int) -> Episode:
+        """Decode a bag unless the cache has it, and synchronise it as the trainer does (see load_episodes)."""
+        if index in self._loaded:
+            return self._loaded[index]
+        bag, settings = self._bag(index), self._settings
+        with self._bag_errors(str(self._dir)):
+            key = rosbag_dataset.cache_key(bag, bag.identity(), settings)
+            entry = settings.cache_dir / key
+            if not (entry / "meta.json").exists():
+                rosbag_dataset.clean_cache(settings.cache_dir)
+                total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
+                with tqdm(
+                    total=total or None, desc=f"decoding {bag.name}", unit="image", leave=False,
+                    disable=not self._progress,
+                ) as bar:  # fmt: skip
+                    rosbag_dataset.build_entry(bag, key, settings, lambda images, size: bar.update(images))
+            recording = rosbag_dataset.load_entry(entry, list(settings.camera_topics))
+            episode = rosbag_dataset.synchronise(bag.name, recording, settings)
+        first = next(iter(self._loaded.values()), episode)
+        if episode.image_shape != first.image_shape:
+            raise SourceError(
+                f"{self._dir}: images of {bag.name} are {episode.image_shape}, those of {first.name} are "
+                f"{first.image_shape} (HxW), and the checkpoint's settings do not resize them; evaluate them apart"
+            )
+        episode.entry = entry
+        self._loaded[index] = episode
+        return episode
+
+    @contextlib.contextmanager
+    def _bag_errors(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except BagError as error:
+            raise SourceError(f"{where}: {error}") from error
+        except OSError as error:
+            raise SourceError(f"{where}: {error.filename or ''}: {error.strerror or error}") from error
