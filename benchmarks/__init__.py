@@ -1,0 +1,1 @@
+"""How fast, how lean, and beside whom: `python -m benchmarks.run`, `python -m benchmarks.versus_lerobot`."""
