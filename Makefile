@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine (Python >= 3.10 with venv, and a network for the first install):
-#   make demo   record bags of a simulated UR10e, train ACT on them, show what came of it
+#   make demo   record bags of a simulated UR10e, train ACT on them, evaluate it on those that training held out
 #   make test   all tests and linters
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,12 +14,16 @@ TESTS ?= tests
 .PHONY: demo test lint constraints clean
 
 demo: .venv/installed-trainer
-	@echo "== 1/2 sample bags of a simulated UR10e (about 10 seconds, once)"
+	@echo "== 1/3 sample bags of a simulated UR10e (about 10 seconds, once)"
 	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap \
 		--height 240 --width 320
-	@echo "== 2/2 training ACT on them (about 3 minutes on 2 cores)"
+	@echo "== 2/3 training ACT on them (about 3 minutes on 2 cores)"
 	@echo "   python train.py --config sim/demo.yaml --overwrite"
 	@$(PY) train.py --config sim/demo.yaml --overwrite
+	@echo "== 3/3 what the policy would do on the held-out episodes"
+	@echo "   python -m ur10e_deploy.offline_eval --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval"
+	@$(PY) -m ur10e_deploy.offline_eval --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval \
+		--mode every-step
 
 test: .venv/installed-all .venv-lerobot-0.4.4/installed lint
 	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
@@ -39,7 +43,8 @@ lint: .venv/installed-all
 .venv/installed-trainer: constraints.txt pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	@echo "== installing the trainer into .venv (about a minute; 5 GB, most of it torch's CUDA libraries)"
 	@test -x $(PY) || $(UV) venv --quiet .venv
-	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --extra plots
+	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --extra plots pyarrow
+	@$(UV) pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 
 .venv/installed-all: .venv/installed-trainer
