@@ -1112,6 +1112,7 @@ def _build_entries(
     if not todo:
         return []
     clean_cache(settings.cache_dir)
+    typestore_for(settings.ros_distro)  # the processes inherit it
     workers = min(workers or _decoding_processes(), len(todo))
     total = sum((bag.claimed or {}).get(topic, 0) for bag in todo for topic in settings.camera_topics.values())
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # spawn would import torch again

@@ -192,7 +192,8 @@ def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[
     scale, unit = (1e3, "mrad per frame") if summary["unit"] == "rad per frame" else (1.0, "rad")
     rollout = summary["rollout"]
     figure = _new_figure(13, 11.5 if rollout else 8)
-    figure.suptitle(f"{summary['policy']['name']}\n{verdict_text(summary)}", fontsize=13)
+    verdict = verdict_text(summary).replace("; ", "\n")  # one claim a line: together they are wider than the picture
+    figure.suptitle(f"{summary['policy']['name']}\n{verdict}", fontsize=13)
     grid = figure.add_gridspec(3 if rollout else 2, 2)
 
     joints = list(summary["error"]["policy"]["per_joint"])
