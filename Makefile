@@ -10,8 +10,11 @@ PY := .venv/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 DEMO_EPISODES ?= 40
 TESTS ?= tests
+# Beyond Python: containers, network namespaces, a Blob server. A target of their own until they have run in CI.
+OSMO_TESTS := tests/test_osmo_runs.py tests/test_osmo_ddp.py tests/test_osmo_blob.py
+IMAGE_TESTS := tests/test_osmo_images.py
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo test test-osmo system-tools lint constraints clean
 
 demo: .venv/installed-trainer
 	@echo "== 1/3 sample bags of a simulated UR10e (about 10 seconds, once)"
@@ -26,12 +29,20 @@ demo: .venv/installed-trainer
 		--mode every-step
 
 test: .venv/installed-all .venv-lerobot-0.4.4/installed lint
-	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(if $(filter-out tests,$(TESTS)),,$(OSMO_TESTS:%=--ignore=%) --ignore=$(IMAGE_TESTS)) \
+		$(TESTS)
+
+# The workflows' commands run as on a cluster, and the Dockerfiles in osmo/ built with buildah and run with podman (on a
+# small Debian in NVIDIA's image's stead; no Docker). As root on Debian.
+test-osmo: .venv/installed-all .venv-lerobot-0.4.4/installed .node/installed system-tools
+	@$(PY) -m pytest -n 2 --dist loadgroup $(OSMO_TESTS)
+	@$(PY) -m pytest -n 0 $(IMAGE_TESTS)
 
 lint: .venv/installed-all
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/shellcheck .ci/run
+	@.venv/bin/shellcheck .ci/run osmo/*.sh
+	@.venv/bin/hadolint osmo/Dockerfile osmo/Dockerfile.eval
 
 # -- environments: made once, made again when a pin changes ------------------------------------------------------
 
@@ -58,6 +69,31 @@ lint: .venv/installed-all
 	@$(UV) pip install --quiet --python .venv-lerobot-0.4.4/bin/python -c constraints-lerobot-0.4.4.txt lerobot==0.4.4
 	@touch $@
 
+# Azurite, a Blob server, and azcopy: for the tests of osmo/download-blob.sh.
+.node/installed:
+	@mkdir -p .node/bin && echo '*' >.node/.gitignore
+	@command -v npm >/dev/null || { echo "note: no npm here: tests against a Blob server will be skipped"; exit 0; }; \
+	echo "== installing Azurite and azcopy into .node"; \
+	npm install --prefix .node --no-audit --no-fund --loglevel=error azurite@3.35.0 @azure-tools/azcopy-linux@10.32.2; \
+	chmod +x .node/node_modules/@azure-tools/azcopy-linux/dist/bin/azcopy_linux_amd64; \
+	ln -sf ../node_modules/.bin/azurite-blob .node/bin/azurite-blob; \
+	ln -sf ../node_modules/@azure-tools/azcopy-linux/dist/bin/azcopy_linux_amd64 .node/bin/azcopy; \
+	touch $@
+
+# Debian packages for the tests of osmo/ (network namespaces, containers, azcopy's library). Only root can install and
+# use them; anybody else's tests skip, and say so.
+system-tools:
+	@missing=$$(for tool in ip buildah podman runc mmdebstrap; do command -v $$tool >/dev/null || echo $$tool; done; \
+		ldconfig -p | grep -q libsecret-1.so.0 || echo libsecret-1-0); \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "== installing Debian packages for the tests of osmo/:" $$missing; \
+		apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			iproute2 libsecret-1-0 buildah podman runc mmdebstrap >/dev/null; \
+	else \
+		echo "note: not root on Debian: without" $$missing "some tests of osmo/ will be skipped"; \
+	fi
+
 # Pins for Python 3.10 and up, without any index's host name. torch and torchvision go together.
 constraints: | $(filter .uv/bin/uv,$(UV))
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header --no-annotate \
@@ -66,4 +102,4 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--no-annotate - -o constraints-lerobot-0.4.4.txt
 
 clean:
-	rm -rf .venv .venv-lerobot-0.4.4 .uv outputs
+	rm -rf .venv .venv-lerobot-0.4.4 .uv .node outputs

@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# One attempt at training, as the command of an OSMO task: take up an earlier attempt's checkpoint, train, hand over.
+#
+#   bash train-entrypoint.sh [--bags=DIR] [--resume-from=DIR] [--output=DIR] LAUNCHER... train.py ARGUMENT...
+#
+# LAUNCHER is `python`, or `torchrun` with its options. --resume is added: an attempt goes on from the newest complete
+# checkpoint in its own directory (a restart on the same node), else from the one in --resume-from (another node).
+# Only a completed run is copied to --output, because OSMO uploads what lies there after a failure as well.
+#
+# Exit codes: 0 complete, 1 failed, 75 run it again (the workflows reschedule it). torchrun turns every code into 1,
+# so what it ended with is told by the marker and the error line that train.py leaves.
+set -euo pipefail
+
+run_dir=/output/train-rosbag-act # training.output_dir of the config
+bags_dir=/data/rosbags           # data.bag_dir of the config
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+peer_wait_s=${PEER_WAIT_S:-600}  # how long a node whose peer was lost waits for OSMO to restart it in place
+
+say() { echo "train-entrypoint: $*"; }
+die() {
+  echo "error: train-entrypoint: $*" >&2
+  exit 1
+}
+
+bags='' resume_from='' output=''
+while (($#)); do
+  case $1 in
+    --bags=*) bags=${1#--bags=} ;;
+    --resume-from=*) resume_from=${1#--resume-from=} ;;
+    --output=*) output=${1#--output=} ;;
+    --*) die "$1: unknown option; expected --bags=, --resume-from=, --output=, then the command to train with" ;;
+    *) break ;;
+  esac
+  shift
+done
+(($#)) || die "no command to train with; expected for example: python /workspace/train.py --config=FILE"
+
+mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
+if [[ -n $bags ]]; then
+  [[ -d $bags ]] || die "--bags=$bags: no such directory; the task's first input has to be the recordings"
+  [[ -L $bags_dir || ! -e $bags_dir ]] || die "$bags_dir: there already, and no link; --bags would be ignored"
+  # OSMO puts a dataset into folders named after it and after the uploaded folder. Episodes are named by their path, and
+  # should have the same names here, in blob storage and at home: go down to where the bags lie side by side.
+  while only=$(ls -A "$bags") && [[ -d $bags/$only && -n $only ]]; do
+    ! compgen -G "$bags/$only/*.db3*" >/dev/null || break
+    ! compgen -G "$bags/$only/*.mcap*" >/dev/null || break
+    bags=$bags/$only
+  done
+  ln -sfn "$bags" "$bags_dir"
+fi
+
+# -- take up what an earlier attempt left -------------------------------------------------------------------------
+
+if [[ -n $resume_from ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; then
+  [[ -d $resume_from ]] || die "--resume-from=$resume_from: no such directory; the input with the earlier attempt"
+  PYTHONPATH=$here python - "$resume_from/$(basename "$run_dir")" "$run_dir" <<'PY' || die "could not take up $resume_from"
+import json, os, shutil, sys
+from pathlib import Path
+from lerobot_checkpoint import CheckpointError, newest_checkpoint, point_link, verify_checkpoint
+
+earlier, run_dir = map(Path, sys.argv[1:])
+
+
+def fetch(checkpoint):
+    partial = run_dir / f".tmp-{checkpoint.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial)
+    os.rename(partial, run_dir / checkpoint.name)
+
+
+newest = newest_checkpoint(earlier, on_bad=lambda line: print(f"train-entrypoint: passed over {line}"))
+if newest is None:
+    print(f"train-entrypoint: no complete checkpoint of an earlier attempt in {earlier}: starting at step 0")
+    sys.exit()
+scores = {}
+if (earlier / "metrics.jsonl").exists():
+    for line in (earlier / "metrics.jsonl").read_text().splitlines():
+        try:
+            score = json.loads(line)
+            scores[score["step"]] = score["val_l1_loss"]
+        except (ValueError, KeyError):  # a line cut short, or one without a validation
+            continue
+    shutil.copy(earlier / "metrics.jsonl", run_dir)
+fetch(newest)
+print(f"train-entrypoint: taking up {newest.name} of an earlier attempt")
+if scores:  # links are not uploaded: point `best` at the same checkpoint again
+    best = earlier / f"checkpoint_{min(scores, key=scores.get):06d}"
+    try:
+        if best.name != newest.name:
+            verify_checkpoint(best)
+            fetch(best)
+        point_link(run_dir, "best", run_dir / best.name)
+    except CheckpointError as error:
+        print(f"train-entrypoint: the best checkpoint so far is lost: {error}")
+PY
+fi
+
+# -- train --------------------------------------------------------------------------------------------------------
+
+# Loader processes hand batches over in shared memory, of which a pod has 64 MiB unless its pool gives it more.
+shm_mib=$(($(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $2}' || echo 0) / 1024))
+if ((shm_mib < 256)) && [[ "$*" != *training.num_workers=* ]]; then
+  say "note: /dev/shm has $shm_mib MiB: batches are loaded in the training process (training.num_workers=0);" \
+    "README.md says how a pool gets more"
+  set -- "$@" --override=training.num_workers=0
+fi
+
+export PYTHONUNBUFFERED=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # time to save before torchrun kills
+rm -f "$run_dir/stopped.json"
+
+asked='' child='' log=''
+forward() {
+  asked=yes
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+}
+trap forward TERM INT
+trap '[[ -z $log ]] || rm -f "$log"' EXIT
+
+if [[ $(basename "$1") == torchrun ]]; then
+  log=$(mktemp)
+  "$@" --resume 2>>"$log" &
+  child=$!
+  tail -n +1 -f --pid="$child" "$log" >&2 &
+  tail_pid=$!
+else
+  "$@" --resume &
+  child=$!
+fi
+[[ -z $asked ]] || forward # a signal that came before there was a child
+rc=0
+while :; do # `wait` also returns when a signal arrives; the trainer then saves, and is waited for again
+  wait "$child" && rc=0 || rc=$?
+  kill -0 "$child" 2>/dev/null || break
+done
+[[ -z $log ]] || wait "$tail_pid" || true
+
+if [[ -n $log ]] && ((rc == 1)); then
+  # The failing rank's own line, or Python's last one; torchrun's lines begin with `torch.`, a victim's are no reason.
+  own=$(grep -aE '^(\[rank[0-9]+\]: )?(error: |[A-Za-z_]+(Error|Exception)\b)' "$log" | grep -av 'another rank is gone' || true)
+  nodes=$(sed -n 's/.*--nnodes[= ]\([0-9][0-9]*\).*/\1/p' <<<"$*")
+  if [[ -e $run_dir/stopped.json ]]; then
+    rc=75
+  elif [[ -n $own ]]; then
+    rc=1
+  elif grep -aqE 'exitcode *: -9\b' "$log"; then
+    rc=137
+    echo "error: train-entrypoint: a rank of this node was killed, most likely for want of memory; raise \`memory\`," \
+      "or lower training.batch_size or training.num_workers" >&2
+  elif [[ -n $asked ]] || ((${nodes:-1} == 1)); then
+    rc=75
+  else
+    # Restarted in place, the node keeps its checkpoints and frame cache; on a new pod it would not.
+    say "another node stopped or was lost; waiting up to $peer_wait_s s for OSMO to restart this one, then exit 75"
+    sleep "$peer_wait_s" &
+    child=$!
+    wait "$child" || true
+    kill "$child" 2>/dev/null || true
+    rc=75
+  fi
+fi
+((rc == 0)) || exit "$rc"
+
+# -- hand over ----------------------------------------------------------------------------------------------------
+
+[[ -n $output ]] || exit 0
+delivered=$output/$(basename "$run_dir")
+rm -rf "$delivered"
+if ! mkdir -p "$delivered" || ! cp -r "$run_dir"/[!.]* "$delivered"; then
+  die "$output: could not copy the run there; it is still in $run_dir"
+fi
+for link in last best; do # OSMO uploads no links to directories
+  [[ ! -L $run_dir/$link ]] || readlink "$run_dir/$link" >"$delivered/$link.txt"
+done
+say "complete: $(find "$delivered" -maxdepth 1 -name 'checkpoint_*' | wc -l) checkpoints handed over to $output"

@@ -1,0 +1,303 @@
+"""What OSMO does with a workflow file before a task runs, and a strict model of what it accepts.
+
+    spec = submit(Path("osmo/osmo-workflow.yaml"), "steps=10")    # as `osmo workflow submit FILE --set steps=10`
+    check(spec, "6.3.1")                                          # raises SpecError where that version would refuse
+    task = place(spec)["train-act"]                               # tokens replaced, as the task's pod gets it
+
+Written from NVIDIA OSMO's public documentation (workflow specification, templates and special tokens) and from how
+6.2.8, 6.3.1 and 6.4 (development) behave. Stricter than they are where they let something pass that cannot be meant:
+a token that names nothing stays literal in OSMO, and is an error here.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import yaml
+
+VERSIONS = ("6.2.8", "6.3.1", "6.4")
+DATA = "/osmo/data"  # {{input:N}} is DATA/input/N, {{output}} is DATA/output
+MAX_TASKS = 20
+MAX_FILE_BYTES = 2**20  # an injected file becomes a Kubernetes secret
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred times faster, where PyYAML was built with it
+DUMPER = getattr(yaml, "CDumper", yaml.Dumper)
+TOKEN = re.compile(r"{{(uuid|workflow_id|output|input:[^}]+|host:[^}]+)}}")
+
+
+class SpecError(Exception):
+    """OSMO would refuse the workflow, or run something else than what is meant."""
+
+
+# -- submitting ---------------------------------------------------------------------------------------------------
+
+
+def submit(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The spec that arrives at the service: rendered, local files read in, rendered again.
+
+    `assignments` are those of --set (numbers become numbers), `strings` those of --set-string.
+
+    Raises:
+        SpecError: what the CLI or the service would refuse, and an injected file that rendering would change.
+    """
+    text = path.read_text(encoding="utf-8")
+    workflow, defaults = sections(text)
+    values = {**defaults, **dict(cast(a) for a in assignments), **dict(a.split("=", 1) for a in strings)}
+    spec = load(render(workflow, values))
+    for task in tasks(spec):
+        for file in task.get("files", []):
+            local = path.parent / file.pop("localpath")
+            if not local.is_file():
+                raise SpecError(f"{path.name}: {local}: no such file")
+            file["contents"] = local.read_text(encoding="utf-8")
+    # The CLI sends the filled-in spec back, and the service renders that too: contents, tokens and all.
+    again, _ = sections(yaml.dump(spec, Dumper=DUMPER))
+    final = load(render(again, values))
+    if final != spec:
+        raise SpecError(f"{path.name}: the second rendering changes the spec")
+    return final
+
+
+def load(text: str) -> Any:
+    return yaml.load(text, Loader=LOADER)  # noqa: S506 - a safe loader
+
+
+def sections(text: str) -> tuple[str, dict[str, Any]]:
+    """The text of `workflow:` and the values of `default-values:`; OSMO splits at keys in the first column."""
+    parts = re.split(r"^(?=[a-zA-Z][a-zA-Z0-9_-]*:)", text, flags=re.MULTILINE)[1:]
+    named = {part.split(":", 1)[0]: part for part in parts}
+    unknown = set(named) - {"version", "workflow", "default-values"}
+    if unknown or len(named) != len(parts) or "workflow" not in named:
+        raise SpecError(f"top-level keys: found {[p.split(':', 1)[0] for p in parts]}")
+    if len(re.findall(r"^\s*default-values:", text, flags=re.MULTILINE)) > 1:
+        raise SpecError("default-values: given twice")
+    default_values = yaml.safe_load(named.get("default-values", "default-values: {}"))["default-values"]
+    return named["workflow"], default_values
+
+
+def cast(assignment: str) -> tuple[str, int | float | str]:
+    """One argument of --set."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise SpecError(f"--set {assignment}: expected name=value")
+    for kind in (int, float):
+        try:
+            return name, kind(text)
+        except ValueError:
+            continue
+    return name, text
+
+
+def render(text: str, values: dict[str, Any]) -> str:
+    """Jinja, strict about names; OSMO's own tokens pass through it unharmed."""
+    values = dict(values)
+    for token in set(TOKEN.findall(text)):
+        name = "hash" + str(int(hashlib.md5(token.encode()).hexdigest(), 16))  # noqa: S324 - as OSMO does
+        values[name] = "{{" + token + "}}"
+        text = text.replace("{{" + token + "}}", "{{" + name + "}}")
+    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    try:
+        return environment.from_string(text).render(values)
+    except jinja2.TemplateError as error:
+        raise SpecError(f"rendering: {error}") from error
+
+
+def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups; a task outside any group is a group of its own."""
+    workflow = spec["workflow"]
+    alone = [{"name": f"{task['name']}-group", "tasks": [task]} for task in workflow.get("tasks", [])]
+    return workflow.get("groups", []) + alone
+
+
+def tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """All tasks, in order."""
+    return [task for group in groups(spec) for task in group["tasks"]]
+
+
+# -- what is accepted ---------------------------------------------------------------------------------------------
+
+Check = Callable[[Any, str], None]
+NAME = r"[a-zA-Z]([a-zA-Z0-9_-]*[a-zA-Z0-9])?"
+URL = r"azure://[^/,;*]+(/[^/,;*]+)+/*"
+CODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
+
+
+def require(holds: bool, where: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise SpecError(f"{where}: found {found!r}, expected {expected}")
+
+
+def text(pattern: str = r"(?s).*", expected: str = "text") -> Check:
+    """A string that matches; YAML's unquoted numbers and booleans are no strings in every version."""
+
+    def check_text(value: Any, where: str) -> None:
+        require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, where, value, expected)
+
+    return check_text
+
+
+def whole(value: Any, where: str) -> None:
+    require(
+        re.fullmatch(r"\d+", str(value)) is not None and not isinstance(value, bool), where, value, "a whole number"
+    )
+
+
+def boolean(value: Any, where: str) -> None:
+    require(isinstance(value, bool), where, value, "true or false")
+
+
+def many(item: Check) -> Check:
+    def check_list(value: Any, where: str) -> None:
+        require(isinstance(value, list), where, value, "a list")
+        for index, each in enumerate(value):
+            item(each, f"{where}[{index}]")
+
+    return check_list
+
+
+def mapping(item: Check, names: str = r".+") -> Check:
+    def check_mapping(value: Any, where: str) -> None:
+        require(isinstance(value, dict), where, value, "a mapping")
+        for key, each in value.items():
+            text(names, f"a name matching {names}")(key, where)
+            item(each, f"{where}.{key}")
+
+    return check_mapping
+
+
+def fields(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
+    """A mapping of exactly these fields: an unknown one is refused."""
+    known = required | (optional or {})
+
+    def check_fields(value: Any, where: str) -> None:
+        require(isinstance(value, dict), where, value, f"a mapping of {', '.join(known)}")
+        for name in required:
+            require(name in value, where, sorted(value), f"{name} in it")
+        for name, each in value.items():
+            require(name in known, where, name, f"one of {', '.join(known)}")
+            known[name](each, f"{where}.{name}")
+
+    return check_fields
+
+
+def one_of(**kinds: Check) -> Check:
+    """A mapping whose kind is the one key it has."""
+
+    def check_kind(value: Any, where: str) -> None:
+        require(isinstance(value, dict), where, value, f"one of {', '.join(kinds)}")
+        kind = [name for name in kinds if name in value]
+        require(len(kind) == 1, where, sorted(value), f"one of {', '.join(kinds)}")
+        fields({kind[0]: kinds[kind[0]]}, {"regex": text()} if kind[0] != "dataset" else {})(value, where)
+
+    return check_kind
+
+
+NAMED = text(NAME, "a letter, then letters, digits, - and _")
+DATASET = text(r"([\w-]+/)?[\w-]+(:[\w-]+)?", "[BUCKET/]NAME[:TAG]")
+SIZE = text(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti)", "a size such as 32Gi")
+DURATION = text(r"\d+[dhms]", "one whole number with one unit, such as 24h")
+CREDENTIAL = mapping(text(r"[A-Za-z][\w-]*", "a payload key"), r"[A-Za-z_]\w*")
+
+
+def model(version: str) -> Check:
+    """The whole file as this version of OSMO accepts it."""
+    inputs: dict[str, Check] = {"url": text(URL, "azure://ACCOUNT/CONTAINER/PATH"), "task": NAMED}
+    outputs: dict[str, Check] = {"url": inputs["url"]}
+    if version != "6.4":  # which takes urls only
+        inputs["dataset"] = fields({"name": DATASET}, {"localpath": text(r".+")})
+        outputs["dataset"] = fields({"name": DATASET})
+    task = fields(
+        {"name": NAMED, "image": text(r"\S+", "an image"), "command": many(text())},
+        {
+            "args": many(text()),
+            "lead": boolean,
+            "inputs": many(one_of(**inputs)),
+            "outputs": many(one_of(**outputs)),
+            "environment": mapping(text(), r"[A-Za-z_]\w*"),
+            "credentials": mapping(CREDENTIAL, r"[A-Za-z][\w-]*"),
+            "files": many(fields({"path": text(r"/(?!osmo/).+", "a path outside /osmo"), "contents": text()})),
+            "exitActions": mapping(text(CODES, "exit codes such as 75,3004"), "COMPLETE|FAIL|RESCHEDULE"),
+            "checkpoint": many(
+                fields({"path": text(r"/.+"), "url": inputs["url"], "frequency": DURATION}, {"regex": text()})
+            ),
+        },
+    )
+    group = fields({"name": NAMED, "tasks": many(task)}, {"ignoreNonleadStatus": boolean, "barrier": boolean})
+    resource = fields({}, {"gpu": whole, "cpu": whole, "memory": SIZE, "storage": SIZE, "platform": text(r".+")})
+    workflow = fields(
+        {"name": NAMED, "resources": mapping(resource)},
+        {
+            "tasks": many(task),
+            "groups": many(group),
+            "timeout": fields({}, {"exec_timeout": DURATION, "queue_timeout": DURATION}),
+        },
+    )
+    return fields({"workflow": workflow})
+
+
+def check(spec: dict[str, Any], version: str) -> None:
+    """Raise SpecError, naming the field, where this version of OSMO would refuse the spec or not do what it says."""
+    model(version)(spec, "spec")
+    workflow = spec["workflow"]
+    require(("tasks" in workflow) != ("groups" in workflow), "workflow", sorted(workflow), "tasks or groups")
+    require("default" in workflow["resources"], "workflow.resources", workflow["resources"], "one called default")
+    names = [t["name"] for t in tasks(spec)] + [g["name"] for g in groups(spec)]
+    same = [name.lower().replace("_", "-") for name in names]
+    require(len(set(same)) == len(same), "workflow", names, "names that all differ (upper case and _ do not count)")
+    require(max(map(len, same)) <= 63, "workflow", max(names, key=len), "names of at most 63 characters")
+    require(len(tasks(spec)) <= MAX_TASKS, "workflow", len(tasks(spec)), f"at most {MAX_TASKS} tasks")
+    earlier: set[str] = set()
+    for group in groups(spec):
+        leads = sum(task.get("lead", False) for task in group["tasks"])
+        require(leads == 1 or len(group["tasks"]) == 1, f"group {group['name']}", leads, "exactly one lead task")
+        for task in group["tasks"]:
+            where = f"task {task['name']}"
+            paths = [file["path"] for file in task.get("files", [])]
+            require(len(set(paths)) == len(paths), where, paths, "a path of its own per file")
+            for file in task.get("files", []):
+                size = len(file["contents"].encode())
+                require(size < MAX_FILE_BYTES, f"{where}, file {file['path']}", size, f"under {MAX_FILE_BYTES} bytes")
+            for source in task.get("inputs", []):
+                require(source.get("task", "") in {"", *earlier}, where, source, "an input from a task listed earlier")
+            twice = set(task.get("environment", {})) & {v for c in task.get("credentials", {}).values() for v in c}
+            require(not twice, where, twice, "a variable in environment or in credentials, not in both")
+        earlier |= {task["name"] for task in group["tasks"]}
+    place(spec)
+
+
+# -- placing it on a node -----------------------------------------------------------------------------------------
+
+
+def place(
+    spec: dict[str, Any], workflow_id: str = "workflow-1", hosts: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The tasks by name, with the tokens replaced as on the node; `hosts` are the tasks' addresses.
+
+    Raises:
+        SpecError: a token that names nothing, and would reach the task as it is.
+    """
+    placed = {}
+    for group in groups(spec):
+        siblings = {f"host:{t['name']}": (hosts or {}).get(t["name"], t["name"]) for t in group["tasks"]}
+        for task in group["tasks"]:
+            values = {"workflow_id": workflow_id, "output": f"{DATA}/output", **siblings}
+            for index, source in enumerate(task.get("inputs", [])):
+                values[f"input:{index}"] = f"{DATA}/input/{index}"
+                if "task" in source:
+                    values[f"input:{source['task']}"] = f"{DATA}/input/{index}"
+            own = copy.deepcopy(task)
+            files = own.pop("files", [])  # tokens in them would be replaced too: ours hold none, see test_osmo_spec
+            encoded = json.dumps(own)
+            for name, value in values.items():
+                encoded = re.sub("{{[ ]*" + re.escape(name) + "[ ]*}}", value, encoded)
+            if left := re.findall(r"{{[^}]*}}", encoded):
+                raise SpecError(f"task {task['name']}: {left[0]} names nothing and would stay as it is")
+            placed[task["name"]] = {**json.loads(encoded), "files": files}
+    return placed

@@ -1,0 +1,227 @@
+"""A task of a workflow run as OSMO runs it: its own command, on the folders of its pod, with nothing but its files.
+
+    box = TaskBox(tmp_path / "node-0", task, inputs={0: bags})     # task: from osmo_spec.place()
+    done = box.run()                                               # its command, verbatim; exit code, output
+
+The command sees a file system of its own (a mount namespace and a chroot): /workspace with the injected files only,
+/osmo/data/input/N laid out as OSMO downloads each kind of input, and empty /osmo/data/output, /data and /output, which
+stay between runs of the same box, as in a pod that is restarted in place. Everything else is this machine's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.azurite import NODE_BIN
+from tests.tiny import ROOT, TINY
+
+WORKFLOWS = ROOT / "osmo"
+RUN_DIR, OUTPUT = "output/train-rosbag-act", "osmo/data/output"  # below a box's folder
+
+# mount a new root at $1, give it this machine's top level and the box's own folders ($2), and become the command
+ENTER = r"""
+set -euo pipefail
+root=$1 box=$2
+shift 2
+mount -t tmpfs tmpfs "$root"
+for path in /*; do
+  name=${path#/}
+  if [ -L "$path" ]; then cp -P "$path" "$root/$name"; continue; fi
+  [ -d "$path" ] || continue
+  case $name in workspace | osmo | data | output | lost+found) continue ;; esac
+  mkdir "$root/$name"
+  mount --rbind "$path" "$root/$name"
+done
+for name in workspace osmo data output; do
+  mkdir "$root/$name"
+  mount --bind "$box/$name" "$root/$name"
+done
+[ ! -e "$box/hosts" ] || mount --bind "$box/hosts" "$root/etc/hosts"
+[ -z "$SHM_MIB" ] || mount -t tmpfs -o "size=${SHM_MIB}m" tmpfs "$root/dev/shm"
+# installed in development mode, our modules could be imported from anywhere: the task must not see that
+for path in "$SITE_PACKAGES"/__editable__*.pth; do
+  [ ! -e "$path" ] || mount --bind /dev/null "$root$path"
+done
+exec chroot "$root" /usr/bin/env -C /workspace -u SHM_MIB -u SITE_PACKAGES "$@"
+"""
+
+
+def unavailable(*programs: str) -> str | None:
+    """Why boxes cannot run here, or None."""
+    if os.geteuid() != 0:
+        return "not root: mount and network namespaces need it (CI runs these tests)"
+    missing = [p for p in ("unshare", "chroot", *programs) if not (shutil.which(p) or (NODE_BIN / p).exists())]
+    return f"not installed: {', '.join(missing)}; `make test` installs them on Debian as root" if missing else None
+
+
+def require(*programs: str) -> None:
+    """Skip, saying why, where boxes cannot run; in CI that is a failure."""
+    if reason := unavailable(*programs):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def tiny(**changes: object) -> str:
+    """What --set takes to make a run small: overrides=..., with changes given as training__steps=4."""
+    settings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return "overrides=" + " ".join(f"{name}={value}".replace(" ", "") for name, value in settings.items())
+
+
+class TaskBox:
+    """One task on one node. `inputs` are the folders that its inputs come from, by number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        task: dict[str, Any],
+        inputs: dict[int, Path] | None = None,
+        network: str | None = None,
+        hosts: dict[str, str] | None = None,
+        shm_mib: int | None = 512,
+        **environment: str,
+    ) -> None:
+        self.folder, self.task, self._network, self._shm_mib = folder, task, network, shm_mib
+        self._processes: list[subprocess.Popen] = []
+        for name in ("workspace", "osmo/data/input", "osmo/data/output", "data", "output"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for file in task["files"]:
+            path = folder / file["path"].lstrip("/")
+            path.write_text(file["contents"], encoding="utf-8")
+            path.chmod(0o644)  # OSMO sets no exec bit
+        for number, source in enumerate(task.get("inputs", [])):
+            place_input(folder / f"osmo/data/input/{number}", source, (inputs or {})[number])
+        if hosts:
+            lines = [f"{address} {name}" for name, address in hosts.items()]
+            (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+        bins = f"{Path(sys.executable).parent}:{NODE_BIN}"
+        self._environment = {
+            "PATH": f"{bins}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "HOME": os.environ.get("HOME", "/root"),
+            "OMP_NUM_THREADS": "1",
+            "SHM_MIB": str(shm_mib or ""),
+            "SITE_PACKAGES": sysconfig.get_paths()["purelib"],
+            **task.get("environment", {}),
+            **environment,
+        }
+
+    @property
+    def run_dir(self) -> Path:
+        """The trainer's output directory, where this test can see it."""
+        return self.folder / RUN_DIR
+
+    @property
+    def delivered(self) -> Path:
+        """{{output}}: what OSMO would upload."""
+        return self.folder / OUTPUT
+
+    def log(self) -> str:
+        """All that the runs have printed so far."""
+        path = self.folder / "log.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def start(self) -> subprocess.Popen:
+        """Start the task's command in a process group of its own, as osmo_exec does; its output goes to log()."""
+        root = self.folder / "root"
+        root.mkdir(exist_ok=True)
+        enter = ["unshare", "--mount", "--propagation", "private", "bash", "-c", ENTER, "enter", root, self.folder]
+        if self._network:
+            enter = ["ip", "netns", "exec", self._network, *enter]
+        command = [*map(str, enter), *self.task["command"], *self.task.get("args", [])]
+        with (self.folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._processes.append(process)
+        return process
+
+    def wait(self, process: subprocess.Popen, timeout_s: float = 120) -> int:
+        """The command's exit code."""
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.lose()
+            raise AssertionError(f"{self.folder.name} still runs after {timeout_s} s:\n{self.log()[-3000:]}") from None
+
+    def run(self, timeout_s: float = 120) -> int:
+        """Start it, wait, and return its exit code."""
+        return self.wait(self.start(), timeout_s)
+
+    def wait_for(self, text_or_path: str | Path, timeout_s: float = 90) -> None:
+        """Until the log holds a text, or a path exists (with * in its name: any such path)."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if isinstance(text_or_path, str):
+                if text_or_path in self.log():
+                    return
+            elif any(text_or_path.parent.glob(text_or_path.name)):
+                return
+            assert any(p.poll() is None for p in self._processes), f"ended early:\n{self.log()[-3000:]}"
+            time.sleep(0.05)
+        raise AssertionError(f"{text_or_path} did not come:\n{self.log()[-3000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL to the command's process group: how OSMO restarts a command in its pod. What has left the group, as
+        torchrun's ranks have, lives on."""
+        for process in self._processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            process.wait()
+
+    def lose(self) -> None:
+        """SIGKILL to all that runs in the box: the node is gone."""
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and os.readlink(folder / "root") == str(self.folder / "root"):
+                    os.kill(int(folder.name), signal.SIGKILL)
+            except OSError:
+                continue  # it ended by itself
+        for process in self._processes:
+            process.wait()
+
+
+def place_input(target: Path, source: dict[str, Any], folder: Path) -> None:
+    """Download `folder` as OSMO does this kind of input."""
+    if "dataset" in source:
+        dataset = source["dataset"]
+        target = target / dataset["name"]
+        if "localpath" in dataset:
+            target = target / Path(dataset["localpath"]).name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, target, symlinks=False, dirs_exist_ok=True)
+
+
+def upload(folder: Path, target: Path) -> None:
+    """What `osmo data upload` of `folder` leaves in `target`: links to directories do not travel, hidden files are
+    kept out by the workflow's `regex`."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            relative = Path(root, name).relative_to(folder.parent)
+            if not any(part.startswith(".") for part in relative.parts):
+                (target / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(Path(root, name), target / relative)
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once per test run, although two xdist workers may ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "done").touch()
+    return folder

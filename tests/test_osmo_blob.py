@@ -1,0 +1,304 @@
+"""download-blob.sh with the real azcopy against a real Blob server (Azurite), through everything that goes wrong.
+
+Every run's output is searched for the secret.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lerobot_checkpoint import list_checkpoints
+from tests.azurite import NODE_BIN, Azurite, environment
+from tests.osmo_spec import place, submit
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
+
+SCRIPT = WORKFLOWS / "download-blob.sh"
+MIB = 2**20
+BAG = {"houston_recordings/day 1/a/metadata.yaml": b"x" * 100, "houston_recordings/day 1/a/a_0.db3": b"y" * 300_000}
+pytestmark = pytest.mark.skipif(
+    not (NODE_BIN / "azcopy").exists() and not os.environ.get("CI"), reason="no azcopy: `make .node/installed` gets it"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    with Azurite(tmp_path_factory.mktemp("server")) as running:
+        running.upload("datasets", {**BAG, "texts/readme.txt": b"no bag", "houston_recordings_old/b/b_0.db3": b"old"})
+        yield running
+
+
+def secrets_of(values: dict[str, str]) -> list[str]:
+    """The signature of the SAS, as it is and as it may be printed, and an account key."""
+    sas = values.get("AZURE_STORAGE_SAS", "").strip()
+    signature = next((part[4:] for part in sas.split("&") if part.startswith("sig=")), "")
+    return [s for s in (signature, urllib.parse.unquote(signature), values.get("AZURE_STORAGE_ACCOUNT_KEY", "")) if s]
+
+
+def download(values: dict[str, str], *command: str, timeout_s: float = 60) -> tuple[int, str, float]:
+    """Run the script; -> (exit code, what it printed, seconds)."""
+    started = time.monotonic()
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *command], env=values, capture_output=True, text=True, timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    printed = done.stdout + done.stderr
+    assert not any(secret in printed for secret in secrets_of(values)), "a secret was printed"
+    return done.returncode, printed, time.monotonic() - started
+
+
+def error_line(printed: str) -> str:
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, printed
+    return lines[0]
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+WHOLE = {name.removeprefix("houston_recordings/"): len(content) for name, content in BAG.items()}
+SAS_FORMS = {
+    "as it is": lambda sas: sas,
+    "with a question mark": lambda sas: "?" + sas,
+    "with a carriage return": lambda sas: sas + "\r\n",
+    "with blanks around it": lambda sas: f"  {sas} \t",
+}
+
+
+@pytest.mark.parametrize("form", SAS_FORMS.values(), ids=list(SAS_FORMS))
+def test_the_prefix_arrives(form, server: Azurite, tmp_path: Path):
+    """All that is below the prefix, and nothing that only begins like it; then the command runs, without the SAS."""
+    values = environment(server, tmp_path / "bags", AZURE_STORAGE_SAS=form(server.sas("datasets", "rl")))
+    code, printed, _ = download(values, "bash", "-c", 'echo "then ${AZURE_STORAGE_SAS:-without}"; exit 7')
+    assert code == 7 and "then without" in printed, printed
+    assert files(tmp_path / "bags") == WHOLE
+
+
+def test_a_second_run_fetches_only_what_is_missing(server: Azurite, tmp_path: Path):
+    values = environment(server, tmp_path / "bags")
+    assert download(values)[0] == 0
+    kept, lost = tmp_path / "bags/day 1/a/a_0.db3", tmp_path / "bags/day 1/a/metadata.yaml"
+    lost.unlink()
+    before = kept.stat().st_ino, kept.stat().st_mtime_ns
+    code, printed, _ = download(values)
+    assert code == 0, printed
+    assert files(tmp_path / "bags") == WHOLE and (kept.stat().st_ino, kept.stat().st_mtime_ns) == before
+
+
+REFUSALS = {  # what is changed, the exit code, the message
+    "expired SAS": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "rl", hours=-2)), 1, "it expired at"),
+    "SAS without List": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "r")), 1, "lacks the permission List"),
+    "SAS without Read": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "l")), 1, "lacks the permission Read"),
+    "forged SAS": (
+        lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "rl").replace("sig=", "sig=AAAA")), 1, "SAS is refused",
+    ),
+    "another container's SAS": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("others", "rl")), 1, "SAS is refused"),
+    "no SAS at all in it": (lambda s: dict(AZURE_STORAGE_SAS="hello"), 1, "it has no sig="),
+    "missing prefix": (lambda s: dict(AZURE_BLOB_PREFIX="Houston_recordings/"), 1, "nothing there; check AZURE_BLOB"),
+    "prefix without bags": (lambda s: dict(AZURE_BLOB_PREFIX="texts/"), 1, "no bag (.db3 or .mcap) among them"),
+    "nothing to log in with": (lambda s: dict(AZURE_STORAGE_SAS=None), 1, "osmo-workflow.yaml"),
+    "an account key": (lambda s: dict(AZURE_STORAGE_ACCOUNT_KEY="a2V5a2V5a2V5"), 1, "azcopy takes no account key"),
+    "no account": (lambda s: dict(AZURE_STORAGE_ACCOUNT="", AZURE_BLOB_ENDPOINT=None), 1, "AZURE_STORAGE_ACCOUNT is"),
+    "no container": (lambda s: dict(AZURE_BLOB_CONTAINER=""), 1, "AZURE_BLOB_CONTAINER is empty"),
+    "no folder": (lambda s: dict(BLOB_DEST_DIR=""), 1, "BLOB_DEST_DIR is empty"),
+    "a folder that cannot be": (lambda s: dict(BLOB_DEST_DIR="/dev/null/x"), 1, "/dev/null/x: cannot be made"),
+    "a host that does not exist": (
+        lambda s: dict(AZURE_BLOB_ENDPOINT="http://account.blob.invalid"), 1, "no such host",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, code, message", REFUSALS.values(), ids=list(REFUSALS))
+def test_refused_at_once(change, code: int, message: str, server: Azurite, tmp_path: Path):
+    found, printed, seconds = download(environment(server, tmp_path / "bags", **change(server)))
+    assert (found, message in error_line(printed)) == (code, True), printed
+    assert seconds < 15
+    assert not (tmp_path / "bags").exists() or not files(tmp_path / "bags")
+
+
+def test_an_identity_that_cannot_log_in_ends(server: Azurite, tmp_path: Path):
+    """Without a SAS azcopy uses the workload identity; here it fails to, and does not wait for ever."""
+    (tmp_path / "token").write_text("no token")
+    values = environment(
+        server, tmp_path / "bags", AZURE_STORAGE_SAS=None, AZURE_FEDERATED_TOKEN_FILE=str(tmp_path / "token"),
+        AZURE_CLIENT_ID="client", AZURE_TENANT_ID="tenant", AZURE_AUTHORITY_HOST="https://127.0.0.1:9/",
+    )  # fmt: skip
+    code, printed, _ = download(values)
+    assert code == 1 and "azcopy was refused" in error_line(printed) and "WorkloadIdentity" in printed, printed
+
+
+def test_a_server_that_is_down(tmp_path: Path):
+    """75: a rerun may succeed. azcopy itself would wait for ever."""
+    code, printed, seconds = download(environment(Azurite(tmp_path), tmp_path / "bags"))
+    assert code == 75 and "cannot be reached" in error_line(printed) and seconds < 20, printed
+
+
+def test_bags_from_somewhere_else_are_not_trained_on(server: Azurite, tmp_path: Path):
+    (tmp_path / "bags" / "other").mkdir(parents=True)
+    (tmp_path / "bags" / "other" / "other_0.mcap").write_bytes(b"z")
+    code, printed, _ = download(environment(server, tmp_path / "bags"))
+    assert code == 1 and "bags that are not from there (other/other_0.mcap" in error_line(printed), printed
+
+
+# -- a disk that is full ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    require("mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("small_disk", ["size=128k"], indirect=True)
+def test_a_disk_that_is_too_small_is_refused_before(small_disk: Path, server: Azurite):
+    code, printed, seconds = download(environment(server, small_disk))
+    assert code == 1 and "to download, but" in error_line(printed) and "raise `storage`" in printed, printed
+    assert seconds < 10 and not files(small_disk)
+
+
+@pytest.mark.parametrize("small_disk", ["size=10m,nr_inodes=4"], indirect=True)
+def test_a_disk_that_fills_up_on_the_way(small_disk: Path, server: Azurite):
+    """No inode is left for the second file: azcopy finds out, and the script says it."""
+    code, printed, _ = download(environment(server, small_disk))
+    assert code == 1 and "is full; raise `storage`" in error_line(printed), printed
+
+
+# -- interrupted in the middle ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    """Some hundred MiB, so that there is a middle."""
+    with Azurite(tmp_path_factory.mktemp("large")) as running:
+        content = os.urandom(64 * MIB)
+        running.upload("datasets", {f"houston_recordings/bag{i}/bag{i}_0.mcap": content[i:] for i in range(4)})
+        yield running
+
+
+def start(values: dict[str, str], dest: Path, log: Path) -> subprocess.Popen:
+    """Start a download that one connection makes slow, and return when it is in the middle of a file."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["bash", str(SCRIPT)], env={**values, "AZCOPY_CONCURRENCY_VALUE": "1"}, stdin=subprocess.DEVNULL,
+            stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    end = time.monotonic() + 30
+    while not any(path.stat().st_blocks for path in dest.rglob(".azDownload-*")):
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.005)
+    return process
+
+
+def azcopies(dest: Path) -> list[int]:
+    """azcopy processes that download to `dest`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and {b"copy", str(dest).encode()} <= set(
+                (folder / "cmdline").read_bytes().split(b"\0")
+            ):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_in_the_middle_and_run_again(large: Azurite, tmp_path: Path):
+    """SIGKILL to all of it, three times; then a run completes, and every byte is right."""
+    dest = tmp_path / "bags"
+    values = environment(large, dest)
+    for attempt in range(3):
+        process = start(values, dest, tmp_path / f"log{attempt}")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert any(dest.rglob(".azDownload-*")), "it was not in the middle"
+        for path in dest.rglob("*.mcap"):
+            if not path.name.startswith("."):
+                path.unlink()  # so that the next attempt has a middle, too
+    code, printed, _ = download(values)
+    assert code == 0, printed
+    assert not list(dest.rglob(".azDownload-*"))
+    first = (dest / "bag0/bag0_0.mcap").read_bytes()
+    assert len(first) == 64 * MIB
+    assert all((dest / f"bag{i}/bag{i}_0.mcap").read_bytes() == first[i:] for i in range(1, 4))
+
+
+def test_stopped_in_the_middle(large: Azurite, tmp_path: Path):
+    """SIGTERM: 75 within seconds, nothing left behind, no azcopy that goes on; a rerun completes."""
+    dest, log = tmp_path / "bags", tmp_path / "log"
+    values = environment(large, dest)
+    process = start(values, dest, log)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75 and time.monotonic() - started < 5
+    assert "stopped by a signal" in error_line(log.read_text())
+    assert not any(secret in log.read_text() for secret in secrets_of(values))
+    assert not list(dest.rglob(".azDownload-*")) and not azcopies(dest)
+    assert download(values)[0] == 0
+    assert len(files(dest)) == 4
+
+
+def test_a_server_that_goes_away_in_the_middle(tmp_path: Path):
+    """azcopy tries again for many minutes; BLOB_STALL_S ends that. 75, so that the task is run again."""
+    with Azurite(tmp_path / "server") as going:
+        going.upload("datasets", {f"houston_recordings/bag{i}/bag{i}_0.mcap": os.urandom(64 * MIB) for i in range(3)})
+        dest, log = tmp_path / "bags", tmp_path / "log"
+        values = environment(going, dest, BLOB_STALL_S="4")
+        process = start(values, dest, log)
+        going.stop()
+        assert process.wait(40) == 75, log.read_text()
+    assert "nothing has arrived for 4 s" in error_line(log.read_text())
+    assert not any(secret in log.read_text() for secret in secrets_of(values))
+    assert not list(dest.rglob(".azDownload-*")) and not azcopies(dest)
+
+
+def test_a_server_that_never_answers(tmp_path: Path):
+    """It takes the connection and is silent: bounded by the time-out of the listing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        values = environment(
+            Azurite(tmp_path), tmp_path / "bags", AZURE_BLOB_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}/a",
+            BLOB_CONNECT_S="2",
+        )  # fmt: skip
+        code, printed, seconds = download(values)
+    assert code == 75 and "cannot be reached" in error_line(printed) and seconds < 20, printed
+
+
+# -- the workflow -------------------------------------------------------------------------------------------------
+
+
+def test_the_blob_workflow_killed_in_the_middle_and_run_again(server: Azurite, sample_bags: Path, tmp_path: Path):
+    """The rendered command: downloads, is killed, is run again in the same pod, and trains to the end."""
+    require()
+    server.upload_folder("recordings", "sample", sample_bags)
+    spec = submit(
+        WORKFLOWS / "osmo-workflow-blob.yaml", "blob_container=recordings", "blob_prefix=sample/",
+        tiny(training__steps=2, training__save_freq=2),
+    )  # fmt: skip
+    task = place(spec)["train-act"]
+    values = environment(server, tmp_path, AZURE_STORAGE_SAS=server.sas("recordings", "rl"))
+    (credentials,) = task["credentials"].values()
+    secrets = {name: values[name] for name in credentials}  # as OSMO sets them
+    box = TaskBox(tmp_path / "box", task, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets)
+    box.start()
+    box.wait_for("to download")
+    box.wait_for(box.folder / "data/rosbags/*")
+    box.kill()
+    assert not list_checkpoints(box.run_dir)
+    assert box.run() == 0, box.log()
+    assert "complete: 1 checkpoints handed over" in box.log()
+    assert not any(secret in box.log() for secret in secrets_of(values))
+    environments = [path.read_bytes() for path in box.folder.rglob("*.json")]
+    assert not any(secret.encode() in content for secret in secrets_of(values) for content in environments)

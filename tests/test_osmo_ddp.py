@@ -1,0 +1,156 @@
+"""osmo-workflow-ddp.yaml on two nodes: two network namespaces with a cable between them, torchrun across it, gloo.
+
+The rendered commands run as they are; {{host:node-0}} is a name that each node's /etc/hosts maps to node 0's address.
+OSMO's part, restarting a group, is played by killing and starting commands in the order that OSMO does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lerobot_checkpoint import list_checkpoints, verify_checkpoint
+from tests.osmo_spec import place, submit
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
+from tests.tiny import metrics
+
+HOSTS = {"node-0": "node-0.workers.example", "node-1": "node-1.workers.example"}
+ADDRESSES = {"node-0": "10.211.0.1", "node-1": "10.211.0.2"}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def networks() -> Iterator[dict[str, str]]:
+    """A network namespace per node, joined by a cable; gone afterwards."""
+    require("ip")
+    names = {node: f"osmo-test-{os.getpid()}-{node[-1]}" for node in HOSTS}
+    ends = {node: f"o{os.getpid()}-{node[-1]}" for node in HOSTS}
+    try:
+        for name in names.values():
+            ip("netns", "add", name)
+        ip("link", "add", ends["node-0"], "type", "veth", "peer", "name", ends["node-1"])
+        for node, name in names.items():
+            ip("link", "set", ends[node], "netns", name)
+            ip("-n", name, "addr", "add", f"{ADDRESSES[node]}/24", "dev", ends[node])
+            ip("-n", name, "link", "set", ends[node], "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def nodes(networks: dict[str, str], sample_bags: Path, tmp_path: Path) -> Iterator:
+    """A function that makes the two nodes' boxes, with settings of the run; none of them outlives the test."""
+    made: list[TaskBox] = []
+
+    def make(peer_wait_s: int = 60, **changes: object) -> tuple[TaskBox, TaskBox]:
+        settings = {"training__save_freq": 3, "training__log_freq": 1, "training__val_fraction": 0, **changes}
+        spec = submit(WORKFLOWS / "osmo-workflow-ddp.yaml", "n_nodes=2", tiny(**settings))
+        for name, task in place(spec, hosts=HOSTS).items():
+            hosts = {HOSTS[node]: address for node, address in ADDRESSES.items()}
+            hosts[socket.gethostname()] = ADDRESSES[name]  # as Kubernetes writes it
+            environment = {"PEER_WAIT_S": str(peer_wait_s), "GLOO_SOCKET_IFNAME": f"o{os.getpid()}-{name[-1]}"}
+            made.append(
+                TaskBox(tmp_path / name, task, {0: sample_bags}, network=networks[name], hosts=hosts, **environment)
+            )
+        return made[0], made[1]
+
+    yield make
+    for box in made:
+        box.lose()
+
+
+def test_a_lost_node_restarts_the_group(nodes):
+    """Node 1 is lost in the middle. Node 0 does not fail, which would fail the group: it waits to be restarted in
+    place, goes on from its own checkpoints, and the run completes. The lead alone hands over."""
+    lead, follower = nodes(training__steps=10)
+    lead.start()
+    lost = follower.start()
+    lead.wait_for(lead.run_dir / "checkpoint_000003")
+    follower.lose()
+    assert lost.returncode == -signal.SIGKILL
+    lead.wait_for("another node stopped or was lost; waiting up to 60 s")
+    assert not any(lead.delivered.iterdir())
+
+    lead.kill()  # what OSMO does to the others when it reschedules one; a second later at the earliest it starts all
+    time.sleep(1)
+    processes = lead.start(), follower.start()
+    assert [box.wait(process) for box, process in zip((lead, follower), processes, strict=True)] == [0, 0], lead.log()
+    assert "resuming from /output/train-rosbag-act/checkpoint_" in lead.log()
+    assert "effective batch 4 = 2 per GPU x 2" in lead.log()
+    assert [m["step"] for m in metrics(lead.run_dir)] == list(range(1, 11))
+    (handed,) = lead.delivered.iterdir()
+    verify_checkpoint(list_checkpoints(handed)[-1])
+    assert list_checkpoints(handed)[-1].name == "checkpoint_000010"
+    assert not any(follower.delivered.iterdir()) and not list_checkpoints(follower.run_dir)
+
+
+def test_a_stopped_node_stops_all_with_75(nodes):
+    """SIGTERM to one node alone, through the script to torchrun to the ranks: all save at the same step, and both
+    commands end with 75, which torchrun itself would have turned into 1."""
+    lead, follower = nodes(peer_wait_s=2, training__steps=500, training__save_freq=500)
+    first, second = lead.start(), follower.start()
+    lead.wait_for(lead.run_dir / "metrics.jsonl")
+    second.send_signal(signal.SIGTERM)
+    assert (lead.wait(first), follower.wait(second)) == (75, 75), lead.log() + follower.log()
+    (saved,) = list_checkpoints(lead.run_dir)
+    verify_checkpoint(saved)
+    assert (lead.run_dir / "stopped.json").exists() and not any(lead.delivered.iterdir())
+
+
+def test_a_node_that_fails_says_why_and_ends_with_1(nodes):
+    """An error is not a lost peer: the node whose rank says why ends with 1 at once; the other one waits, and does not
+    end the group's chance of an orderly failure by claiming one of its own."""
+    lead, follower = nodes(peer_wait_s=2, training__steps=3)
+    argument = "--override=training.batch_size=2"
+    follower.task["args"][follower.task["args"].index(argument)] = "--override=training.batch_size=0"
+    first, second = lead.start(), follower.start()
+    started = time.monotonic()
+    assert follower.wait(second) == 1, follower.log()
+    assert "error: --override training.batch_size=0" in follower.log()
+    assert lead.wait(first) == 75, lead.log()
+    assert time.monotonic() - started < 90
+
+
+def test_a_rank_that_is_killed_is_not_restarted_for_ever(nodes):
+    """Out of memory: 137, as for a single process; OSMO fails the group instead of trying the same again."""
+    lead, follower = nodes(peer_wait_s=2, training__steps=500, training__save_freq=500)
+    first, second = lead.start(), follower.start()
+    lead.wait_for(lead.run_dir / "metrics.jsonl")
+    (rank,) = descendants(second.pid, "train.py")
+    os.kill(rank, signal.SIGKILL)
+    assert follower.wait(second) == 137, follower.log()
+    assert "a rank of this node was killed, most likely for want of memory" in follower.log()
+    assert lead.wait(first) == 75, lead.log()
+
+
+def descendants(pid: int, script: str) -> list[int]:
+    """Python processes below `pid` that run `script` itself (not torchrun, which has it as an argument)."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                commands[int(folder.name)] = (folder / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+    found = []
+    for each, words in commands.items():
+        above = each
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid and len(words) > 2 and "python" in words[0] and any(w.endswith(script) for w in words[1:3]):
+            found.append(each)
+    return found

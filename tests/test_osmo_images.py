@@ -1,0 +1,250 @@
+"""Both Dockerfiles built with buildah, and the images run as OSMO runs them. `make images`; `make test` does it last.
+
+No NGC image can be fetched in CI: a minimal Debian stands in for it. As in NGC's, torch and torchvision are already
+there, and here as a read-only mount from .venv (hard links, no bytes copied), so that a build that tried to replace
+them would fail. Storage is a folder of the test run's own, removed at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from lerobot_checkpoint import list_checkpoints, verify_checkpoint
+from rosbag_dataset import load_episodes, open_pixels
+from tests.bags import settings
+from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
+from tests.osmo_spec import place, submit
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
+from tests.tiny import ROOT
+
+pytestmark = pytest.mark.timeout(900)
+BASE = "localhost/base:ci"
+TORCH = "/opt/torch"  # where the stand-in has its torch
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+DEBIAN_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
+
+
+def sh(*words: str | Path, timeout_s: int = 600, **options) -> str:
+    """Run a program that has to succeed; -> what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+    done = subprocess.run(
+        list(map(str, words)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=timeout_s, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(map(str, words))}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def with_requirements(*names: str) -> dict[str, Distribution]:
+    """These installed distributions and all that they need here, by name."""
+    found: dict[str, Distribution] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in found:
+            continue
+        found[name] = distribution(name)
+        for line in found[name].requires or ():
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                waiting.append(wanted.name)
+                # torch names CUDA's parts as extras of one package
+                for extra in wanted.extras:
+                    waiting += [
+                        Requirement(each).name
+                        for each in distribution(wanted.name).requires or ()
+                        if Requirement(each).marker is None or Requirement(each).marker.evaluate({"extra": extra})
+                    ]
+    return found
+
+
+def link_torch(target: Path) -> None:
+    """.venv's torch and torchvision with all that they need, under `target`, as hard links."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    for package in with_requirements("torch", "torchvision").values():
+        for file in package.files or ():
+            source = Path(file.locate())
+            if ".." in file.parts or not source.is_file() or file.suffix == ".pyc":
+                continue  # scripts in bin/
+            link = target / source.relative_to(site)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, link)
+
+
+class Store:
+    """buildah and podman with storage of their own."""
+
+    def __init__(self, folder: Path, torch: Path) -> None:
+        self.folder, self.torch = folder, torch
+        self._options = ["--root", folder / "root", "--runroot", folder / "runroot", "--storage-driver", "overlay"]
+
+    def buildah(self, *words: str | Path, timeout_s: int = 600) -> str:
+        return sh("buildah", *self._options, *words, timeout_s=timeout_s)
+
+    def build(self, dockerfile: str, image: str) -> str:
+        """As the README says, on the stand-in."""
+        volumes = ["-v", f"{self.torch}:{TORCH}:ro", "-v", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
+        return self.buildah(
+            "bud", "--format", "docker", "--isolation", "chroot", "--network", "host", "--pull-never", *volumes,
+            "--build-arg", f"BASE_IMAGE={BASE}", "-t", image, "-f", WORKFLOWS / dockerfile, ROOT,
+        )  # fmt: skip
+
+    def run(
+        self, image: str, command: list[str] | None, mounts: dict[Path, str], **environment: str
+    ) -> tuple[int, str]:
+        """A container without a network, its command as OSMO gives it, or the image's own; -> (exit code, output)."""
+        options = ["--rm", "--network", "none", "--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096"]
+        for source, target in {self.torch: f"{TORCH}:ro", **mounts}.items():
+            options += ["-v", f"{source}:{target}"]
+        for name, value in environment.items():
+            options += ["-e", f"{name}={value}"]
+        if command:
+            options += ["--entrypoint", command[0]]
+        words = ["podman", *self._options, "--runtime", "runc", "run", *options, image, *(command or [])[1:]]
+        done = subprocess.run(
+            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+        return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    """With the stand-in for NVIDIA's base image in it."""
+    require("buildah", "podman", "runc", "mmdebstrap")
+    (ROOT / "outputs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="images-", dir=ROOT / "outputs"))  # beside .venv: hard links need one disk
+    made = Store(folder, folder / "torch")
+    try:
+        link_torch(made.torch)
+        tree = folder / "debian"
+        include = "--include=python3,python3-venv,python3-pip,ca-certificates"
+        sources = [DEBIAN_SOURCES] if DEBIAN_SOURCES.exists() else []
+        sh(
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            "--dpkgopt=force-unsafe-io",
+            include,
+            "bookworm",
+            tree,
+            *sources,
+        )
+        shutil.copy(CERTIFICATES, tree / CERTIFICATES[1:])
+        (tree / "usr/lib/python3/dist-packages/torch.pth").write_text(TORCH + "\n")
+        (tree / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        (tree / "usr/local/bin/torchrun").write_text('#!/bin/sh\nexec python3 -m torch.distributed.run "$@"\n')
+        (tree / "usr/local/bin/torchrun").chmod(0o755)
+        container = made.buildah("from", "scratch").strip().splitlines()[-1]
+        made.buildah("add", "--quiet", container, tree, "/")
+        shutil.rmtree(tree)
+        # Debian's pip installs nothing into the system's Python unless asked; NGC's is open.
+        made.buildah(
+            "config", "--env", "PIP_BREAK_SYSTEM_PACKAGES=1", "--env", f"SSL_CERT_FILE={CERTIFICATES}", container
+        )
+        made.buildah("commit", "--quiet", "--rm", container, BASE)
+        yield made
+    finally:
+        subprocess.run(["umount", "--quiet", str(folder / "root/overlay")], capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders that containers share with each other, open to the images' users as OSMO's are."""
+    folder = tmp_path_factory.mktemp("pods")
+    for path in (folder, *folder.parents[:3]):
+        path.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train_image(store: Store) -> str:
+    """The training image; the build has to have verified azcopy and left torch alone."""
+    printed = store.build("Dockerfile", "localhost/train:ci")
+    assert "/tmp/azcopy.tgz: OK" in printed and "azcopy version 10." in printed
+    assert "Uninstalling torch" not in printed
+    return "localhost/train:ci"
+
+
+@pytest.fixture(scope="module")
+def trained(store: Store, train_image: str, sample_bags: Path, pods: Path) -> Path:
+    """What the base workflow's command leaves in {{output}} when it runs in the image."""
+    task = place(submit(WORKFLOWS / "osmo-workflow.yaml", tiny(training__steps=2, training__save_freq=2)))["train-act"]
+    box = TaskBox(pods / "train", task, {0: sample_bags})
+    box.delivered.chmod(0o777)
+    data = {box.folder / "osmo/data/input": "/osmo/data/input:ro", box.delivered: "/osmo/data/output"}
+    files = {box.folder / f["path"][1:]: f"{f['path']}:ro" for f in task["files"]}
+    code, printed = store.run(train_image, task["command"] + task["args"], {**data, **files})
+    assert code == 0, printed
+    assert "complete: 1 checkpoints handed over" in printed
+    return box.delivered
+
+
+def test_the_training_image_trains(trained: Path):
+    """As a user without rights: what it wrote belongs to that user."""
+    (checkpoint,) = list_checkpoints(trained / "train-rosbag-act")
+    verify_checkpoint(checkpoint)
+    assert checkpoint.stat().st_uid == 10001
+    assert (trained / "train-rosbag-act/summary.png").exists(), "matplotlib is in the image"
+
+
+def test_the_training_image_holds_what_the_workflows_need(store: Store, train_image: str, pods: Path):
+    """Not root, no code of ours, azcopy and torchrun there, nothing of pip's or apt's caches, no foreign torch."""
+    script = (
+        "id -u; ls -A /workspace; azcopy --version; torchrun --help | head -1; python -c 'import torch, wandb;"
+        " print(torch.__file__)'; ls -A /root/.cache /var/lib/apt/lists /tmp 2>/dev/null; pip list 2>/dev/null"
+    )
+    code, printed = store.run(train_image, ["bash", "-c", script], {})
+    assert code == 0, printed
+    lines = printed.splitlines()
+    assert lines[0] == "10001" and lines[1].startswith("azcopy version"), printed
+    assert f"{TORCH}/torch/__init__.py" in lines
+    assert "lerobot" not in printed and ".whl" not in printed and "_Packages" not in printed
+
+
+def test_the_evaluation_image_evaluates(store: Store, trained: Path, sample_bags: Path, pods: Path):
+    """The chain's second task in its image: through its entrypoint, by LeRobot 0.3.2, without a network or root."""
+    printed = store.build("Dockerfile.eval", "localhost/eval:ci")
+    assert "Uninstalling torch" not in printed
+    dataset = write_dataset(sample_bags, pods / "dataset")
+    output = pods / "results"
+    output.mkdir()
+    output.chmod(0o777)
+    spec = submit(WORKFLOWS / "osmo-workflow-train-eval.yaml", "eval_device=cpu", "eval_args=--backend lerobot")
+    task = place(spec)["eval-act"]
+    mounts = {trained: "/osmo/data/input/0:ro", dataset: "/osmo/data/input/1:ro", output: "/osmo/data/output"}
+    code, printed = store.run("localhost/eval:ci", task["command"] + task["args"], mounts, **task["environment"])
+    assert code == 0, printed
+    assert {"episode_000.parquet", "episode_001.parquet", "all_episodes.parquet"} <= {p.name for p in output.iterdir()}
+    assert (output / "summary.json").stat().st_uid == 10001
+    code, printed = store.run("localhost/eval:ci", None, {})  # the image's own entrypoint, without arguments
+    assert code == 1 and "error: eval-entrypoint: expected --checkpoint=DIR" in printed, printed
+
+
+def write_dataset(bags: Path, folder: Path) -> Path:
+    """Two sample episodes as a LeRobot v3 dataset, below a folder as OSMO gives it."""
+    folder.mkdir()
+    episodes, _ = load_episodes(settings(bags, folder / "cache"), workers=1, progress=False)
+    arrays = {}
+    for number, episode in enumerate(episodes[:2]):
+        frames = np.flatnonzero(episode.action_stop > np.arange(len(episode.time_ns)))[:12]
+        arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[frames], episode.action[frames]
+        arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][frames]]
+    np.savez(folder / "episodes.npz", **arrays)
+    target = folder / "ur10e-eval-dataset" / "my-lerobot-dataset"
+    target.parent.mkdir()
+    script = ROOT / "tests/lerobot_044/osmo_dataset.py"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run([LEROBOT_PYTHON, script, folder / "episodes.npz", target], env=environment, check=True, timeout=240)
+    return target.parent

@@ -1,0 +1,335 @@
+"""The workflows' own commands, rendered as OSMO renders them, run for real on sample bags: base, sweep, wandb, chain.
+
+A task sees what its pod would: its injected files, its inputs where OSMO puts them, and nothing of this repository
+(osmo_task.py). Several nodes are in test_osmo_ddp.py, downloads from blob storage in test_osmo_blob.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lerobot_checkpoint import list_checkpoints, load_policy, verify_checkpoint
+from rosbag_dataset import load_episodes, open_pixels
+from tests.bags import settings
+from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
+from tests.osmo_spec import place, submit
+from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, once, require, tiny, upload
+from tests.tiny import metrics
+
+STORAGE = "storage_url=azure://account/container/prefix"
+LENGTH = dict(training__steps=9, training__save_freq=3, training__log_freq=1)
+
+
+@pytest.fixture(autouse=True)
+def boxes_can_run() -> None:
+    require()
+
+
+def task(workflow: str, *assignments: str, name: str = "train-act", **changes: object) -> dict[str, Any]:
+    """One task of a workflow, made small, as it reaches its pod."""
+    return place(submit(WORKFLOWS / workflow, tiny(**{**LENGTH, **changes}), *assignments), "workflow-7")[name]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint, which has to be whole."""
+    last = list_checkpoints(run_dir)[-1]
+    verify_checkpoint(last)
+    return load_policy(last).model.state_dict()
+
+
+def same_weights(ours: Path, theirs: Path) -> bool:
+    a, b = weights(ours), weights(theirs)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def error_line(box: TaskBox) -> str:
+    """The one line of a failed command."""
+    lines = [line for line in box.log().replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in box.log(), box.log()
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def finished(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the base workflow's task, run to its end without interruption."""
+    require()
+
+    def make(folder: Path) -> None:
+        box = TaskBox(folder, task("osmo-workflow.yaml"), {0: sample_bags})
+        assert box.run() == 0, box.log()
+
+    return once(tmp_path_factory, "osmo-finished", make)
+
+
+def test_base_trains_and_hands_over(finished: Path):
+    """{{output}} gets the run: whole checkpoints that load, the summary, and the names that links would lose."""
+    handed = finished / OUTPUT / "train-rosbag-act"
+    assert os.listdir(finished / OUTPUT) == ["train-rosbag-act"]
+    names = {path.name for path in handed.iterdir()}
+    assert {"checkpoint_000009", "metrics.jsonl", "summary.json", "sync_report.json", "last.txt", "best.txt"} <= names
+    assert not any(name.startswith(".") for name in names)
+    assert (handed / "last.txt").read_text() == "checkpoint_000009\n"
+    assert same_weights(handed, finished / RUN_DIR)
+    contract = json.loads((handed / "checkpoint_000009/pretrained_model/train_config.json").read_text())
+    assert contract["config"]["data"]["bag_dir"] == "/data/rosbags"
+    episodes = contract["training_episodes"] + contract["held_out_episodes"]
+    assert sorted(episodes) == [f"episode_{i:03d}" for i in range(6)], "named as at home"
+
+
+def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Path, tmp_path: Path):
+    """SIGTERM: 75, and nothing handed over. What was uploaded, torn in its newest checkpoint, is taken up by a pod
+    that has nothing else, to the same weights as without the interruption; `best` is found again."""
+    base = task("osmo-workflow.yaml", STORAGE)
+    nothing, stored = tmp_path / "nothing", tmp_path / "stored"
+    nothing.mkdir()
+    first = TaskBox(tmp_path / "first", base, {0: sample_bags, 1: nothing})
+    process = first.start()
+    first.wait_for(first.run_dir / "checkpoint_000003")
+    process.send_signal(signal.SIGTERM)
+    assert first.wait(process) == 75, first.log()
+    assert "no complete checkpoint of an earlier attempt" in first.log()
+    assert not any(first.delivered.iterdir())
+
+    upload(first.run_dir, stored)
+    checkpoints = list_checkpoints(stored / "train-rosbag-act")
+    assert len(checkpoints) >= 2 and not (stored / "train-rosbag-act/last").exists()
+    torn = checkpoints[-1] / "training_state/training_state.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    second = TaskBox(tmp_path / "second", base, {0: sample_bags, 1: stored})
+    assert second.run() == 0, second.log()
+    assert f"taking up {checkpoints[-2].name} of an earlier attempt" in second.log()
+    assert "passed over" in second.log() and "truncated" in second.log()
+    assert same_weights(second.run_dir, finished / RUN_DIR)
+    assert [m["step"] for m in metrics(second.run_dir)] == list(range(1, 10)), "the curve has no gap"
+    assert [m["loss"] for m in metrics(second.run_dir)] == [m["loss"] for m in metrics(finished / RUN_DIR)]
+    assert os.readlink(second.run_dir / "best") == os.readlink(finished / RUN_DIR / "best")
+
+
+def test_a_restart_in_place_goes_on_from_its_own_checkpoints(finished: Path, sample_bags: Path, tmp_path: Path):
+    """SIGKILL to the process group, as OSMO restarts a command: the same pod's next start needs no input for it."""
+    base = task("osmo-workflow.yaml", STORAGE)
+    (tmp_path / "nothing").mkdir()
+    box = TaskBox(tmp_path / "node", base, {0: sample_bags, 1: tmp_path / "nothing"})
+    box.start()
+    box.wait_for(box.run_dir / "checkpoint_000003")
+    box.kill()
+    assert box.run() == 0, box.log()
+    assert "resuming from /output/train-rosbag-act/checkpoint_" in box.log()
+    assert same_weights(box.run_dir, finished / RUN_DIR)
+
+
+REFUSALS = {
+    "a setting that does not exist": ({"training__stepz": 3}, "unknown key training.stepz"),
+    "a GPU that is not there": ({"training__device": "cuda"}, "training.device: cuda is not available"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSALS.values(), ids=list(REFUSALS))
+def test_refused_in_one_line(changes: dict[str, object], message: str, sample_bags: Path, tmp_path: Path):
+    if torch.cuda.is_available() and "device" in str(changes):
+        pytest.skip("there is a GPU here")
+    box = TaskBox(tmp_path, task("osmo-workflow.yaml", **changes), {0: sample_bags})
+    assert box.run() == 1
+    assert message in error_line(box)
+    assert not any(box.delivered.iterdir())
+
+
+@pytest.mark.parametrize("name", ["augment.py", "run_summary.py"])
+def test_a_module_that_is_not_injected_is_missed(name: str, sample_bags: Path, tmp_path: Path):
+    """The box holds nothing of this repository: what the tests above ran on were the injected files alone."""
+    short = task("osmo-workflow.yaml")
+    short["files"] = [file for file in short["files"] if not file["path"].endswith(f"/{name}")]
+    box = TaskBox(tmp_path, short, {0: sample_bags})
+    assert box.run() == 1 and f"No module named '{name[:-3]}'" in box.log()
+
+
+def test_no_bags_in_the_input(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml"), {0: tmp_path / "empty"})
+    assert box.run() == 1
+    assert "/data/rosbags" in error_line(box)
+
+
+def test_a_full_output_volume_fails(finished_output: TaskBox):
+    """A run that cannot be handed over is no success, and says where it still is."""
+    assert finished_output.run() == 1
+    assert "could not copy the run there; it is still in /output/train-rosbag-act" in error_line(finished_output)
+
+
+@pytest.fixture
+def finished_output(sample_bags: Path, tmp_path: Path) -> TaskBox:
+    """A box whose {{output}} has no room: a file stands where the run's folder is due."""
+    box = TaskBox(tmp_path, task("osmo-workflow.yaml", training__steps=1), {0: sample_bags})
+    box.delivered.rmdir()
+    box.delivered.write_text("")
+    return box
+
+
+@pytest.mark.parametrize("shm_mib, workers", [(64, 0), (512, 2)])
+def test_loader_processes_only_with_shared_memory(shm_mib: int, workers: int, sample_bags: Path, tmp_path: Path):
+    """Kubernetes' 64 MiB of /dev/shm: batches are loaded in the training process, and it is said."""
+    small = task("osmo-workflow.yaml", training__steps=1)
+    small["args"].remove("--override=training.num_workers=0")
+    box = TaskBox(tmp_path, small, {0: sample_bags}, shm_mib=shm_mib)
+    assert box.run() == 0, box.log()
+    config = json.loads((box.run_dir / "last/pretrained_model/train_config.json").read_text())["config"]
+    assert config["training"]["num_workers"] == workers
+    assert (f"/dev/shm has {shm_mib} MiB" in box.log()) is (workers == 0)
+
+
+def test_two_arms_of_the_sweep(sample_bags: Path, tmp_path: Path):
+    """The first and the last of the six, at the same time, each with its settings."""
+    spec = submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3))
+    arms = place(spec)
+    first, last = list(arms)[0], list(arms)[-1]
+    # tiny() sets a learning rate of its own, which would win over the arm's
+    for arm in (first, last):
+        arms[arm]["args"].remove("--override=training.lr=0.0001")
+    boxes = {arm: TaskBox(tmp_path / arm, arms[arm], {0: sample_bags}) for arm in (first, last)}
+    processes = {arm: box.start() for arm, box in boxes.items()}
+    settings_of = {}
+    for arm, box in boxes.items():
+        assert box.wait(processes[arm]) == 0, box.log()
+        path = box.delivered / "train-rosbag-act/checkpoint_000003/pretrained_model/train_config.json"
+        training = json.loads(path.read_text())["config"]["training"]
+        settings_of[arm] = training["lr"], training["kl_weight"]
+    assert settings_of == {"train-lr1e5-kl10": (1e-5, 10.0), "train-lr1e4-kl1": (1e-4, 1.0)}
+
+
+def test_wandb_offline(sample_bags: Path, tmp_path: Path):
+    """The run is logged under the workflow's id; the key, an environment variable from a credential, is not shown."""
+    key = "0123456789abcdef" * 2 + "01234567"
+    box = TaskBox(
+        tmp_path, task("osmo-workflow-wandb.yaml", training__steps=3), {0: sample_bags}, WANDB_MODE="offline",
+        WANDB_API_KEY=key,
+    )  # fmt: skip
+    assert box.run() == 0, box.log()
+    (record,) = (box.run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    assert b"workflow-7" in content and b"ur10e-act-train" in content and b"l1_loss" in content
+    assert key not in box.log() and key.encode() not in content
+
+
+# -- the chain ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three of the sample episodes as a LeRobot v3 dataset, in a folder as `osmo dataset upload` keeps it."""
+
+    def make(folder: Path) -> None:
+        episodes, _ = load_episodes(settings(sample_bags, folder / "cache"), workers=1, progress=False)
+        arrays: dict[str, np.ndarray] = {}
+        for number, episode in enumerate(episodes[:3]):
+            frames = np.flatnonzero(episode.action_stop > np.arange(len(episode.time_ns)))[:20]
+            arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[frames], episode.action[frames]
+            arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][frames]]
+        np.savez(folder / "episodes.npz", **arrays)
+        script = Path(__file__).parent / "lerobot_044" / "osmo_dataset.py"
+        command = [LEROBOT_PYTHON, script, folder / "episodes.npz", folder / "datasets" / "my-lerobot-dataset"]
+        clean = {**os.environ, "PYTHONPATH": ""}
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "osmo-evaluation", make) / "datasets"
+
+
+def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: str, **environment: str) -> TaskBox:
+    """The task eval-act, on what Dockerfile.eval copies into its image."""
+    values = task("osmo-workflow-train-eval.yaml", "eval_device=cpu", *assignments, name="eval-act")
+    box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: dataset}, **environment)
+    lines = (WORKFLOWS / "Dockerfile.eval").read_text().splitlines()
+    for *sources, target in (line.split()[1:] for line in lines if line.startswith("COPY") and "/workspace" in line):
+        for source in sources:
+            path = WORKFLOWS.parent / source
+            if path.is_dir():
+                shutil.copytree(path, box.folder / target[1:], ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, box.folder / target[1:])
+    return box
+
+
+def test_the_chain_ends_in_parquet_files(finished: Path, evaluation_dataset: Path, tmp_path: Path):
+    """train-act's output, on eval-act: the newest checkpoint, the episodes that there are, results handed over."""
+    import pyarrow.parquet as pq
+
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset)
+    assert box.run() == 0, box.log()
+    assert "evaluating /osmo/data/input/0/train-rosbag-act/checkpoint_000009" in box.log()
+    names = {path.name for path in box.delivered.iterdir()}
+    assert {*(f"episode_{i:03d}.parquet" for i in range(3)), "all_episodes.parquet", "summary.json"} <= names
+    assert "episode_003.parquet" not in names and "3" in box.log(), (
+        "EVAL_EPISODES asks for one too many, and it is said"
+    )
+    table = pq.read_table(box.delivered / "all_episodes.parquet")
+    assert table.num_rows > 20 and "inference_time_s" in table.column_names
+    assert any(name.startswith("abs_error_") for name in table.column_names)
+
+
+def test_a_gate_fails_the_chain_with_its_results(finished: Path, evaluation_dataset: Path, tmp_path: Path):
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, "eval_args=--max-mae=1e-9", "eval_episodes=1")
+    assert box.run() == 3, box.log()
+    assert "a gate was exceeded" in box.log()
+    assert {"episode_001.parquet", "summary.json"} <= {path.name for path in box.delivered.iterdir()}
+
+
+def empty(checkpoint: Path, dataset: Path) -> None:
+    shutil.rmtree(checkpoint / "train-rosbag-act")
+
+
+def no_checkpoint(checkpoint: Path, dataset: Path) -> None:
+    for path in list_checkpoints(checkpoint / "train-rosbag-act"):
+        shutil.rmtree(path)
+
+
+def torn(checkpoint: Path, dataset: Path) -> None:
+    path = list_checkpoints(checkpoint / "train-rosbag-act")[-1] / "pretrained_model/model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def half_uploaded(checkpoint: Path, dataset: Path) -> None:
+    (list_checkpoints(checkpoint / "train-rosbag-act")[-1] / "training_state/manifest.json").unlink()
+
+
+def no_dataset(checkpoint: Path, dataset: Path) -> None:
+    shutil.rmtree(next(dataset.rglob("meta")))
+
+
+def two_datasets(checkpoint: Path, dataset: Path) -> None:
+    root = next(dataset.rglob("meta")).parent
+    shutil.copytree(root, root.with_name("another"))
+
+
+INPUTS = {
+    "empty": (empty, "0: empty; the training task uploaded nothing"),
+    "no checkpoint": (no_checkpoint, "no checkpoint_NNNNNN below it"),
+    "torn": (torn, "the newest checkpoint arrived torn"),
+    "half uploaded": (half_uploaded, "manifest.json: missing"),
+    "no dataset": (no_dataset, "no LeRobot dataset below it"),
+    "two datasets": (two_datasets, "several LeRobot datasets"),
+}
+
+
+@pytest.mark.parametrize("damage, message", INPUTS.values(), ids=list(INPUTS))
+def test_the_evaluation_refuses(damage, message: str, finished: Path, evaluation_dataset: Path, tmp_path: Path):
+    """OSMO can report an upload as complete that was not: no such input becomes a result."""
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset)
+    damage(box.folder / "osmo/data/input/0", box.folder / "osmo/data/input/1")
+    assert box.run() == 1, box.log()
+    assert message in error_line(box)
+    assert not any(box.delivered.iterdir())
+
+
+def test_the_evaluation_refuses_what_it_does_not_understand(finished: Path, evaluation_dataset: Path, tmp_path: Path):
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, EVAL_EPISODES="0-3")
+    assert box.run() == 1 and "EVAL_EPISODES: found 0-3" in error_line(box)

@@ -1,0 +1,553 @@
+"""osmo/'s workflows as text: a real OSMO accepts them, and they say what they mean. Nothing is run here.
+
+What OSMO does with a workflow file, and what it accepts, is in osmo_spec.py; test_osmo_runs.py and its neighbours run
+the commands.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import train
+from tests.osmo_spec import VERSIONS, SpecError, check, place, render, sections, submit, tasks
+from tests.tiny import ROOT
+
+OSMO = ROOT / "osmo"
+WORKFLOWS = sorted(OSMO.glob("osmo-workflow*.yaml"))
+STORAGE = "storage_url=azure://account/container/prefix"
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem.removeprefix("osmo-workflow"))
+
+
+def training_tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [task for task in tasks(spec) if task["name"] != "eval-act"]
+
+
+def overrides(task: dict[str, Any]) -> list[str]:
+    """The trainer's settings, in order."""
+    return [a.removeprefix("--override=") for a in task["args"] if a.startswith("--override=")]
+
+
+def test_the_six_workflows_are_there():
+    names = ["-blob", "-ddp", "-sweep", "-train-eval", "-wandb", ""]
+    assert [path.name for path in WORKFLOWS] == [f"osmo-workflow{name}.yaml" for name in names]
+
+
+# -- accepted -----------------------------------------------------------------------------------------------------
+
+
+@each_workflow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_accepted_with_a_storage_url(path: Path, version: str):
+    check(submit(path, STORAGE), version)
+
+
+@each_workflow
+def test_datasets_by_default_until_6_4_removed_them(path: Path):
+    spec = submit(path)
+    check(spec, "6.2.8")
+    check(spec, "6.3.1")
+    with pytest.raises(SpecError, match="found .*dataset"):
+        check(spec, "6.4")
+    assert "azure://" not in str([task | {"files": []} for task in tasks(spec)])
+
+
+@each_workflow
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+def test_accepted_with_everything_set(path: Path, storage: tuple[str, ...]):
+    """What a user may set arrives: image, resources, steps, overrides; --set turns 10 into a number, 1e-5 too."""
+    changes = ["image=registry/a:1", "eval_image=registry/b:1", "steps=10", "cpu=4", "memory=8Gi", "storage=9Gi"]
+    changes += ["platform=p", "exec_timeout=2d", "overrides=training.lr=5e-5 conventions.image_resize=[240,320]"]
+    spec = submit(path, *storage, *changes)
+    check(spec, "6.3.1")
+    assert {task["image"] for task in tasks(spec)} <= {"registry/a:1", "registry/b:1"}
+    resource = spec["workflow"]["resources"]["default"]
+    assert resource == resource | {"cpu": "4", "memory": "8Gi", "storage": "9Gi", "platform": "p"}
+    assert spec["workflow"]["timeout"]["exec_timeout"] == "2d"
+    for task in training_tasks(spec):
+        assert overrides(task)[-3:] == ["training.steps=10", "training.lr=5e-5", "conventions.image_resize=[240,320]"]
+    plain = submit(path, *storage)
+    assert not any("training.steps" in o for task in training_tasks(plain) for o in overrides(task))
+    assert "platform" not in plain["workflow"]["resources"]["default"]
+
+
+@each_workflow
+def test_loads_as_plain_yaml_and_opens_with_its_submit_command(path: Path):
+    """Editors and linters can read it unrendered; the first comment can be copied."""
+    text = path.read_text()
+    assert set(yaml.safe_load(text)) == {"version", "workflow", "default-values"}
+    comment = text[: text.index("version:")]
+    assert f"osmo workflow submit osmo/{path.name} --pool POOL" in comment
+    assert all(line.startswith("#") for line in comment.strip().splitlines())
+
+
+SEED_FORMS = {  # forms that the first documents had, or that OSMO lets pass and that cannot be meant
+    "an unknown field": lambda t: t.update(gpus=1),
+    "groups inside a task": lambda t: t.update(groups=[{"name": "workers", "count": 4}]),
+    "a secret's name as the variable": lambda t: t.update(credentials={"AZURE_STORAGE_SAS": {"secret": "my-sas"}}) or
+    t["credentials"]["AZURE_STORAGE_SAS"].update({"not a variable": "x"}),
+    "a file that is not there any more": lambda t: t["files"].append({"localpath": "x.py", "path": "/workspace/x.py"}),
+    "two files in one place": lambda t: t["files"].append(t["files"][0]),
+    "a file for OSMO's own folder": lambda t: t["files"].append({"path": "/osmo/x", "contents": ""}),
+    "a file too large for a secret": lambda t: t["files"].append({"path": "/x", "contents": "x" * 2**20}),
+    "a boolean among the arguments": lambda t: t["args"].append(True),
+    "a token with no task": lambda t: t["args"].append("{{host:typo}}"),
+    "a token with no input": lambda t: t["args"].append("{{input:9}}"),
+    "an input from a task that is not there": lambda t: t["inputs"].append({"task": "later"}),
+    "an url of another kind": lambda t: t["inputs"].append({"url": "https://account.blob.core.windows.net/c"}),
+    "both kinds of input in one": lambda t: t["inputs"].append({"url": "azure://a/b", "dataset": {"name": "x"}}),
+    "an action that does not exist": lambda t: t["exitActions"].update(RESTART="75"),
+    "exit codes with spaces": lambda t: t["exitActions"].update(RESCHEDULE="75, 3004"),
+    "a name that ends in a dash": lambda t: t.update(name="train-"),
+    "no command": lambda t: t.pop("command"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", SEED_FORMS.values(), ids=list(SEED_FORMS))
+def test_the_model_refuses(damage):
+    """A check that accepts everything would make the tests above worthless."""
+    spec = submit(OSMO / "osmo-workflow.yaml")
+    check(spec, "6.3.1")
+    damage(spec["workflow"]["tasks"][0])
+    with pytest.raises(SpecError):
+        check(spec, "6.3.1")
+
+
+WORKFLOW_DAMAGE = {
+    "memory in GB": lambda w: w["resources"]["default"].update(memory="32GB"),
+    "half a cpu": lambda w: w["resources"]["default"].update(cpu=0.5),
+    "two units": lambda w: w["timeout"].update(exec_timeout="1h30m"),
+    "labels, which only 6.4 knows": lambda w: w.update(labels={"a": "b"}),
+    "names that differ in upper case only": lambda w: w["tasks"].append({**w["tasks"][0], "name": "Train_Act"}),
+    "21 tasks": lambda w: w.update(tasks=[{**w["tasks"][0], "name": f"t{i}"} for i in range(21)]),
+    "a group beside tasks": lambda w: w.update(groups=[{"name": "g", "tasks": copy.deepcopy(w["tasks"])}]),
+    "no lead": lambda w: w.update(groups=[{"name": "g", "tasks": [{**w["tasks"][0], "name": n} for n in "ab"]}])
+    or w.pop("tasks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", WORKFLOW_DAMAGE.values(), ids=list(WORKFLOW_DAMAGE))
+def test_the_model_refuses_workflows(damage):
+    spec = submit(OSMO / "osmo-workflow.yaml")
+    damage(spec["workflow"])
+    with pytest.raises(SpecError):
+        check(spec, "6.3.1")
+
+
+@pytest.mark.parametrize("text", ["{{ typo }}", "{% if typo %}{% endif %}", "{{ steps.typo }}", "{{ output }}"])
+def test_rendering_is_strict(text: str):
+    """A name that is no default value stops the submission; so does a token written with spaces."""
+    with pytest.raises(SpecError, match="undefined|has no attribute"):
+        render(text, {"steps": "1"})
+
+
+# -- injected files -----------------------------------------------------------------------------------------------
+
+
+def imported_modules(*start: Path) -> set[Path]:
+    """The files of this repository that `start` import, directly or not."""
+    found: set[Path] = set()
+    waiting = list(start)
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [(alias.name, 0) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "", node.level)]
+                names += [(f"{node.module}.{alias.name}".removeprefix("None."), node.level) for alias in node.names]
+            else:
+                continue
+            for name, level in names:
+                base = path.parent if level else ROOT
+                for candidate in (base / name.replace(".", "/")).with_suffix(".py"), path.parent / f"{name}.py":
+                    if name and candidate.is_file() and candidate not in found:
+                        waiting.append(candidate)
+    return found
+
+
+@each_workflow
+def test_the_injected_files_are_complete(path: Path):
+    """The trainer with every module of ours that it imports, the script, the config; each where the command is."""
+    unread = yaml.safe_load(render(sections(path.read_text())[0], sections(path.read_text())[1]))
+    wanted = {module.name for module in imported_modules(ROOT / "train.py")}
+    for task in training_tasks(unread):
+        local = {Path(f["path"]).name: OSMO / f["localpath"] for f in task["files"]}
+        assert {name for name in local if name.endswith(".py")} == wanted
+        assert all((ROOT / name).samefile(local[name]) for name in wanted)
+        scripts = {word.removeprefix("/workspace/") for word in task["command"] if word.startswith("/workspace/")}
+        config = "osmo-config-ddp.yaml" if "ddp" in path.name else "osmo-config.yaml"
+        assert set(local) == wanted | scripts | {"config.yaml"}
+        assert local["config.yaml"].name == config
+        assert all(f["path"].startswith("/workspace/") for f in task["files"])
+
+
+@pytest.mark.parametrize("name", sorted({p.name for p in imported_modules(ROOT / "train.py")}))
+def test_modules_hold_nothing_that_a_template_engine_would_take(name: str):
+    """OSMO renders injected files, too: a doubled brace in an f-string stops the submission, or changes the code."""
+    text = (ROOT / name).read_text()
+    assert not re.search(r"\{\{|\{%|\{#", text)
+    assert "default-values:" not in text
+
+
+def test_an_injected_brace_would_be_noticed(tmp_path: Path):
+    """The guard above and the second rendering agree: what one forbids, the other trips over."""
+    for module in imported_modules(ROOT / "train.py"):
+        (tmp_path / module.name).write_text(module.read_text())
+    (tmp_path / "osmo").mkdir()
+    for path in OSMO.iterdir():
+        if path.is_file():
+            (tmp_path / "osmo" / path.name).write_bytes(path.read_bytes())
+    submit(tmp_path / "osmo/osmo-workflow.yaml")
+    for damage in ('f"{{x}}"', "{% raw %}", "${#array[@]}", "{{output}}{#x#}"):
+        (tmp_path / "augment.py").write_text(f"# {damage}\n")
+        with pytest.raises(SpecError):
+            submit(tmp_path / "osmo/osmo-workflow.yaml")
+
+
+@each_workflow
+def test_small_enough_to_be_rendered_in_time(path: Path):
+    """OSMO renders what is submitted, injected files and all, within 0.5 s; 2.3 MB take it half of that."""
+    spec = submit(path, "n_nodes=8")
+    assert sum(len(f["contents"]) for task in tasks(spec) for f in task.get("files", [])) < 3_000_000
+
+
+# -- the same in all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+def test_what_the_workflows_share_is_the_same(storage: tuple[str, ...]):
+    """Image, resources, timeouts, exit actions, injected files, the way results are stored, defaults."""
+    shared: dict[str, dict[str, Any]] = {}
+    for path in WORKFLOWS:
+        spec = submit(path, *storage)
+        for task in training_tasks(spec):
+            lead = "ddp" not in path.name or task.get("lead", False)
+            inputs = [i for i in task.get("inputs", []) if "rosbags" in str(i)]
+            own = ("config.yaml", "download-blob.sh")
+            text = str([task.get("outputs"), task.get("checkpoint")]) if lead else "nothing"
+            shared[f"{path.name} {task['name']}"] = {
+                "image": task["image"],
+                "resources": spec["workflow"]["resources"],
+                "timeout": spec["workflow"]["timeout"],
+                "exit actions": task["exitActions"],
+                "files": [f for f in task["files"] if Path(f["path"]).name not in own],
+                "bags": inputs if "blob" not in path.name else None,
+                "output": re.sub("sweep-lr[0-9e]*-kl[0-9]*", "checkpoint", text),
+            }
+    first = shared["osmo-workflow.yaml train-act"]
+    for where, values in shared.items():
+        for name, value in values.items():
+            if value not in (None, "nothing"):
+                assert value == first[name], f"{name} of {where}"
+    evaluation = tasks(submit(OSMO / "osmo-workflow-train-eval.yaml", *storage))[1]
+    assert evaluation["exitActions"] == first["exit actions"]
+
+
+def test_default_values_are_the_same():
+    defaults = {path.name: sections(path.read_text())[1] for path in WORKFLOWS}
+    for name in set.union(*map(set, defaults.values())):
+        values = {file: d[name] for file, d in defaults.items() if name in d}
+        assert len({str(v) for v in values.values()}) == 1, f"{name}: {values}"
+
+
+@each_workflow
+def test_every_default_value_is_used(path: Path):
+    """A --set that changes nothing would be a knob that is read nowhere."""
+    workflow, defaults = sections(path.read_text())
+    for name in defaults:
+        assert re.search(rf"{{[{{%][^}}]*\b{name}\b[^}}]*}}", workflow), name
+
+
+def test_the_configs_hold_only_what_differs_from_the_trainer(tmp_path: Path):
+    """And this is the whole list. The two differ in the number of loader processes alone."""
+    (tmp_path / "empty.yaml").write_text("")
+    default = train.load_config(tmp_path / "empty.yaml")
+
+    def differences(name: str) -> dict[str, Any]:
+        path = Path(shutil.copy(OSMO / name, tmp_path))  # beside the empty one: relative defaults are the same then
+        config = train.load_config(path)
+        keys = [(section, key) for section, values in yaml.safe_load(path.read_text()).items() for key in values]
+        found = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in keys}
+        same = [f"{s}.{k}" for s, k in keys if getattr(getattr(config, s), k) == getattr(getattr(default, s), k)]
+        assert not same, f"{name}: {same} are the defaults"
+        return found
+
+    base = differences("osmo-config.yaml")
+    assert base == {
+        "data.bag_dir": "/data/rosbags",
+        "data.cache_dir": "/data/frame-cache",
+        "training.output_dir": "/output/train-rosbag-act",
+        "training.device": "cuda",
+        "training.keep_checkpoints": 3,
+    }
+    assert differences("osmo-config-ddp.yaml") == base | {"training.num_workers": 4}
+
+
+def test_paths_agree_between_config_script_and_workflows():
+    config = train.load_config(OSMO / "osmo-config.yaml")
+    script = (OSMO / "train-entrypoint.sh").read_text()
+    assert f"\nrun_dir={config.training.output_dir} " in script
+    assert f"\nbags_dir={config.data.bag_dir} " in script
+    for path in WORKFLOWS:
+        for task in training_tasks(submit(path, STORAGE)):
+            for checkpoint in task.get("checkpoint", []):
+                assert checkpoint["path"] == config.training.output_dir
+            assert "--config=/workspace/config.yaml" in task["args"]
+    blob = tasks(submit(OSMO / "osmo-workflow-blob.yaml"))[0]
+    assert blob["environment"]["BLOB_DEST_DIR"] == config.data.bag_dir
+
+
+def test_the_regex_keeps_half_written_checkpoints_out():
+    """OSMO matches it against the path below the uploaded folder's parent; a save in flight is .tmp-checkpoint_..."""
+    pattern = tasks(submit(OSMO / "osmo-workflow.yaml", STORAGE))[0]["checkpoint"][0]["regex"]
+    kept = ("checkpoint_000001/pretrained_model/config.json", "metrics.jsonl", "wandb/run-1/files/output.log")
+    left_out = (".lock", ".tmp-checkpoint_000001/pretrained_model/config.json")
+    assert all(re.match(pattern, f"train-rosbag-act/{name}") for name in kept)
+    assert not any(re.match(pattern, f"train-rosbag-act/{name}") for name in left_out)
+
+
+# -- each variant -------------------------------------------------------------------------------------------------
+
+
+def test_base_reads_local_bags_beside_the_repository():
+    task = tasks(submit(OSMO / "osmo-workflow.yaml"))[0]
+    (bags,) = task["inputs"]
+    assert (OSMO / bags["dataset"]["localpath"]).resolve() == ROOT.parent / "rosbag-to-lerobot" / "local_bags"
+    assert task["outputs"] == [{"dataset": {"name": "ur10e-act-checkpoint"}}]
+    assert task["name"] == "train-act" and task["image"].startswith("ur10e-act-train")
+    again = tasks(submit(OSMO / "osmo-workflow.yaml", "bags="))[0]
+    assert again["inputs"] == [{"dataset": {"name": "ur10e-rosbags"}}]
+
+
+def test_a_storage_url_makes_it_resumable():
+    """Uploaded while it runs, and read back from the same place by the next attempt; a run of its own by default."""
+    task = place(submit(OSMO / "osmo-workflow.yaml", STORAGE), workflow_id="ur10e-act-train-7")["train-act"]
+    place_of_run = "azure://account/container/prefix/ur10e-act-checkpoint/ur10e-act-train-7"
+    assert task["inputs"][1]["url"] == task["outputs"][0]["url"] == f"{place_of_run}/"
+    assert task["checkpoint"][0]["url"] == place_of_run
+    assert "--resume-from=/osmo/data/input/1" in task["args"]
+    assert "75" in task["exitActions"]["RESCHEDULE"].split(",")
+    named = place(
+        submit(OSMO / "osmo-workflow.yaml", STORAGE, "run=ur10e-act-train-7"), workflow_id="ur10e-act-train-8"
+    )
+    assert named["train-act"]["inputs"] == task["inputs"]
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+@pytest.mark.parametrize("n_nodes", [1, 2, 8])
+def test_ddp_is_one_group_of_nodes(n_nodes: int, storage: tuple[str, ...]):
+    spec = submit(OSMO / "osmo-workflow-ddp.yaml", f"n_nodes={n_nodes}", "gpus_per_node=2", *storage)
+    check(spec, "6.3.1")
+    assert spec["workflow"]["groups"][0]["ignoreNonleadStatus"] is False
+    assert spec["workflow"]["resources"]["default"]["gpu"] == "2"
+    placed = place(spec, hosts={f"node-{rank}": f"address-{rank}" for rank in range(n_nodes)})
+    assert list(placed) == [f"node-{rank}" for rank in range(n_nodes)]
+    for rank, task in enumerate(placed.values()):
+        start = task["args"].index("torchrun")
+        assert task["args"][start : start + 7] == [
+            "torchrun", f"--nnodes={n_nodes}", "--nproc_per_node=2", f"--node_rank={rank}",
+            "--master_addr=address-0", "--master_port=29500", "/workspace/train.py",
+        ]  # fmt: skip
+        lead = rank == 0
+        assert task.get("lead", False) is lead
+        assert ("outputs" in task) is lead
+        assert ("--output=/osmo/data/output" in task["args"]) is lead
+        assert ("checkpoint" in task) is (lead and bool(storage))
+        assert ("--resume-from=/osmo/data/input/1" in task["args"]) is (lead and bool(storage))
+
+
+def test_ddp_has_four_nodes_by_default():
+    assert len(tasks(submit(OSMO / "osmo-workflow-ddp.yaml"))) == 4
+
+
+def test_sweep_has_the_six_arms():
+    spec = submit(OSMO / "osmo-workflow-sweep.yaml")
+    arms = {}
+    for task in tasks(spec):
+        settings = dict(o.split("=", 1) for o in overrides(task))
+        arms[task["outputs"][0]["dataset"]["name"]] = (settings["training.lr"], settings["training.kl_weight"])
+        assert settings["wandb.enabled"] == "false" and "credentials" not in task
+    grid = {("1e5", "10"): "1e-5", ("5e5", "10"): "5e-5", ("1e4", "10"): "1e-4",
+            ("1e5", "1"): "1e-5", ("5e5", "1"): "5e-5", ("1e4", "1"): "1e-4"}  # fmt: skip
+    assert arms == {f"ur10e-act-sweep-lr{lr}-kl{kl}": (value, kl) for (lr, kl), value in grid.items()}
+
+
+def test_sweep_with_wandb_and_another_grid():
+    """--set turns a lone 3e-5 into a number before the template sees it: the arm is named all the same."""
+    spec = submit(OSMO / "osmo-workflow-sweep.yaml", "wandb=true", "lrs=3e-5", "kl_weights=0.5")
+    check(spec, "6.3.1")
+    (task,) = tasks(spec)
+    settings = dict(o.split("=", 1) for o in overrides(task))
+    assert task["name"] == "train-lr3e5-kl0_5"
+    assert float(settings["training.lr"]) == 3e-5 and float(settings["training.kl_weight"]) == 0.5
+    assert settings["wandb.enabled"] == "true" and settings["wandb.tags"] == "[sweep]"
+    assert settings["wandb.run_name"] == "sweep-lr3e5-kl0_5" and "wandb.project" not in settings
+    assert task["credentials"] == {"wandb": {"WANDB_API_KEY": "wandb_api_key"}}
+
+
+def test_wandb_gets_its_key_and_is_on():
+    task = place(submit(OSMO / "osmo-workflow-wandb.yaml"), workflow_id="ur10e-act-wandb-3")["train-act"]
+    assert task["credentials"] == {"wandb": {"WANDB_API_KEY": "wandb_api_key"}}
+    assert {"wandb.enabled=true", "wandb.run_name=ur10e-act-wandb-3", "wandb.tags=[osmo]"} <= set(overrides(task))
+
+
+def test_blob_has_a_sas_or_an_identity():
+    task = tasks(submit(OSMO / "osmo-workflow-blob.yaml"))[0]
+    assert task["command"][:2] == ["bash", "/workspace/download-blob.sh"] and "inputs" not in task
+    assert task["credentials"] == {
+        "azure-blob": {"AZURE_STORAGE_ACCOUNT": "azure_storage_account", "AZURE_STORAGE_SAS": "azure_storage_sas"}
+    }
+    assert task["environment"] == {
+        "AZURE_BLOB_CONTAINER": "datasets", "AZURE_BLOB_PREFIX": "houston_recordings/", "BLOB_DEST_DIR": "/data/rosbags"
+    }  # fmt: skip
+    identity = submit(OSMO / "osmo-workflow-blob.yaml", "blob_credential=", "storage_account=acc")
+    check(identity, "6.3.1")
+    (task,) = tasks(identity)
+    assert "credentials" not in task and task["environment"]["AZURE_STORAGE_ACCOUNT"] == "acc"
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+def test_train_eval_is_a_chain(storage: tuple[str, ...]):
+    spec = submit(OSMO / "osmo-workflow-train-eval.yaml", "eval_args=--rollout --max-mae=0.002", *storage)
+    check(spec, "6.3.1")
+    evaluation = place(spec)["eval-act"]
+    assert evaluation["inputs"][0] == {"task": "train-act"}
+    assert evaluation["environment"] == {"EVAL_EPISODES": "0 1 2 3", "EVAL_DEVICE": "cuda"}
+    assert evaluation["args"][-2:] == ["--rollout", "--max-mae=0.002"]
+    assert "ur10e-eval-dataset" in str(evaluation["inputs"][1]) and "ur10e-eval-results" in str(evaluation["outputs"])
+    assert evaluation["image"].startswith("ur10e-act-eval")
+
+
+@each_workflow
+def test_no_secret_is_written_or_echoed(path: Path):
+    """Credentials come by name and key; no script traces its commands."""
+    for task in tasks(submit(path, "wandb=true")):
+        values = [v for c in task.get("credentials", {}).values() for v in c.values()]
+        assert all(re.fullmatch(r"[a-z_]+", value) for value in values)
+        assert not set(task.get("environment", {})) & {"WANDB_API_KEY", "AZURE_STORAGE_SAS"}
+    for script in OSMO.glob("*.sh"):
+        assert not re.search(r"set -\w*x|xtrace|printenv|declare -p", script.read_text()), script.name
+
+
+# -- images -------------------------------------------------------------------------------------------------------
+
+
+def test_the_evaluation_image_holds_all_that_the_evaluator_imports():
+    """COPY brings every module of ours that it imports, and .dockerignore lets them through."""
+    package = ROOT / "deploy" / "ur10e_deploy"
+    wanted = imported_modules(*package.glob("*.py"))
+    copied = [line.split()[1:-1] for line in (OSMO / "Dockerfile.eval").read_text().splitlines() if line[:4] == "COPY"]
+    sources = {ROOT / name for words in copied for name in words}
+    missing = {module for module in wanted if not {module, *module.parents} & sources}
+    assert not missing
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {str(source.relative_to(ROOT)) for source in sources} <= allowed
+
+
+def test_the_images_are_pinned():
+    for name in ("Dockerfile", "Dockerfile.eval"):
+        text = (OSMO / name).read_text()
+        assert re.search(r"^ARG BASE_IMAGE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", text, re.MULTILINE), name
+        assert "USER 10001:10001" in text and "--no-cache-dir" in text
+    assert re.search(r"^ARG AZCOPY_SHA256=[0-9a-f]{64}$", (OSMO / "Dockerfile").read_text(), re.MULTILINE)
+    assert all(script.stat().st_mode & 0o111 for script in OSMO.glob("*.sh")), "entrypoints are executable"
+
+
+# -- README -------------------------------------------------------------------------------------------------------
+
+# Options of the CLI's subcommands that the README uses, as documented for 6.2.8 and 6.3.1; + takes several values.
+CLI = {
+    "login": {},
+    "credential set": {"--type": 1, "--payload": "+"},
+    "workflow submit": {"--pool": 1, "--priority": 1, "--set": "+", "--set-string": "+", "--set-env": "+",
+                        "--dry-run": 0},
+    "workflow validate": {"--pool": 1, "--set": "+", "--set-string": "+"},
+    "workflow list": {},
+    "workflow query": {"--verbose": 0},
+    "workflow logs": {"--task": 1, "-n": 1},
+    "workflow cancel": {},
+    "dataset upload": {},
+    "dataset download": {},
+    "data upload": {},
+    "data download": {},
+    "data check": {"--access-type": 1},
+}  # fmt: skip
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command in the README's shell blocks, as words; a line that ends in a backslash goes on."""
+    text = (OSMO / "README.md").read_text()
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                commands.append(words)
+    return commands
+
+
+def osmo_commands() -> list[list[str]]:
+    comments = [line[1:] for path in WORKFLOWS for line in path.read_text().replace("\\\n#", " ").splitlines()
+                if line.startswith("#   osmo ")]  # fmt: skip
+    return [w for w in readme_commands() if w[0] == "osmo"] + [shlex.split(line) for line in comments]
+
+
+def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
+    """(subcommand, positional arguments, options) of an osmo command; fails on what the CLI does not document."""
+    name = next((n for n in CLI if words[1:][: len(n.split())] == n.split()), None)
+    assert name, f"no such subcommand: {' '.join(words)}"
+    rest, positional, options, current = words[1 + len(name.split()) :], [], {}, None
+    for word in rest:
+        if word.startswith("-"):
+            assert word in CLI[name], f"{name} has no {word}: {' '.join(words)}"
+            assert word not in options, f"given twice, only the last counts: {' '.join(words)}"
+            options[word], current = [], word
+        elif current and (CLI[name][current] == "+" or len(options[current]) < CLI[name][current]):
+            options[current].append(word)
+        else:
+            positional.append(word)
+    return name, positional, options
+
+
+def test_the_readme_uses_the_cli_as_documented():
+    """Subcommands and options exist, and what submits a workflow renders and is accepted with its --set."""
+    used = set()
+    for words in osmo_commands():
+        name, positional, options = parse_cli(words)
+        used.add(name)
+        if name in ("workflow submit", "workflow validate"):
+            path = ROOT / positional[0]
+            assert path in WORKFLOWS and len(positional) == 1, words
+            given = options.get("--set", []) + options.get("--set-string", [])
+            known = sections(path.read_text())[1]
+            assert {g.split("=", 1)[0] for g in given} <= set(known), words
+            spec = submit(path, *options.get("--set", []), strings=tuple(options.get("--set-string", [])))
+            check(spec, "6.3.1")
+        if name == "credential set":
+            keys = {p.split("=", 1)[0] for p in options["--payload"]}
+            wanted = {"wandb": {"wandb_api_key"}, "azure-blob": {"azure_storage_account", "azure_storage_sas"}}
+            assert keys == wanted.get(positional[0], keys), words
+        if name in ("dataset upload", "dataset download"):
+            known_datasets = "ur10e-rosbags|ur10e-act-checkpoint|ur10e-eval-dataset|ur10e-eval-results|ur10e-act-sweep"
+            assert re.match(known_datasets, positional[0]) and len(positional) == 2, words
+    assert {"workflow submit", "credential set", "workflow logs", "dataset download", "data download"} <= used
+
+
+def test_the_readme_names_every_variant_and_setting():
+    text = (OSMO / "README.md").read_text()
+    submitted = {w[3] for w in osmo_commands() if w[1:3] == ["workflow", "submit"]}
+    assert submitted == {f"osmo/{path.name}" for path in WORKFLOWS}
+    for name in set.union(*(set(sections(path.read_text())[1]) for path in WORKFLOWS)):
+        assert f"`{name}`" in text, f"{name} is not in the README"
+    for words in readme_commands():
+        if words[:2] == ["docker", "build"]:
+            assert (ROOT / words[words.index("-f") + 1]).is_file() and words[-1] == "."
