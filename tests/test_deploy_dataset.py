@@ -149,11 +149,15 @@ def test_a_range_of_frames_is_that_part_of_the_episode(written: Path, name: str)
         source.frames(7)
 
 
-@pytest.mark.parametrize("name", ["split", "images"])
-def test_images_are_the_callers_own(written: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["split", "images", "bags"])
+def test_frames_are_the_callers_own(written: Path, sample_bags: Path, tmp_path: Path, name: str) -> None:
     """A caller that keeps or paints a frame must not see it change, nor change a later one."""
-    source = LeRobotDatasetSource(written / name)
+    source = LeRobotDatasetSource(written / name) if name != "bags" else BagSource(
+        sample_bags, checkpoint_values(image_resize=[24, 32]), tmp_path
+    )  # fmt: skip
     untouched = [f.images["color"].copy() for f in source.frames(0)]
+    state_rad = source.episode(0).state_rad.copy()
+    source.episode(0).state_rad[:] = 9
     kept = []
     for frame in source.frames(0):
         kept.append(frame.images["color"].copy())
@@ -161,6 +165,7 @@ def test_images_are_the_callers_own(written: Path, name: str) -> None:
         frame.state_rad[:] = 9
         assert frame.images["color"].flags.owndata and frame.images["color"].flags.c_contiguous
     assert np.array_equal(kept, untouched)
+    assert np.array_equal(source.episode(0).state_rad, state_rad)
 
 
 def test_images_in_files_that_the_parquet_names(written: Path, tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def store() -> Iterator[Store]:
     try:
         link_torch(made.torch)
         tree = folder / "debian"
-        include = "--include=python3,python3-venv,python3-pip,ca-certificates"
+        # with a compiler, as NVIDIA's has: one of LeRobot's dependencies comes as source only
+        include = "--include=python3,python3-dev,python3-venv,python3-pip,ca-certificates,gcc,libc6-dev"
         sources = [DEBIAN_SOURCES] if DEBIAN_SOURCES.exists() else []
         sh(
             "mmdebstrap",

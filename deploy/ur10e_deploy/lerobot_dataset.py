@@ -38,7 +38,8 @@ STATE, ACTION, IMAGE_PREFIX = "observation.state", "action", "observation.images
 ALIASES = {STATE: ("state", "observation.states", "observation.qpos", "qpos"), ACTION: ("actions",)}
 # LeRobot's own default: a frame this far from the time asked for counts as that frame.
 TOLERANCE_S = 1e-4
-# Rows per read of a parquet file that holds pixels; a PNG of 480x640 is about half a megabyte.
+# Rows per read of a parquet file that holds pixels. What bounds the memory is the file's pages, though: parquet's
+# writers put at least 1024 rows in one, however large.
 IMAGE_ROWS = 4
 CONVERTER = "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30"
 
@@ -371,7 +372,7 @@ class LeRobotDatasetSource:
                 pixels[camera] = stack.enter_context(contextlib.closing(stream(episode, camera, wanted)))
             for i in wanted:
                 images = {camera: next(stream) for camera, stream in pixels.items()}
-                yield Frame(i, float(episode.timestamp_s[i]), episode.state_rad[i].copy(), images)
+                yield Frame(i, float(episode.timestamp_s[i]), episode.state_rad[i], images)
 
     def _check_video(self, index: int, camera: str, last_s: float) -> None:
         """The file is there, opens, and is long enough; its codec is the declared one, or that is noted."""

@@ -210,7 +210,7 @@ class BagSource:
         action[episode.action_stop == np.arange(count)] = np.nan
         segment = np.repeat(np.arange(len(episode.segments)), np.diff(episode.segments, axis=1)[:, 0])
         timestamp_s = (episode.time_ns - episode.time_ns[0]) / 1e9
-        return EpisodeData(index, episode.name, timestamp_s, episode.state, action, segment)
+        return EpisodeData(index, episode.name, timestamp_s, episode.state.copy(), action, segment)
 
     def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
         data = self.episode(index)
@@ -222,7 +222,7 @@ class BagSource:
             Frame(
                 i,
                 float(data.timestamp_s[i]),
-                data.state_rad[i].copy(),
+                data.state_rad[i],
                 {camera: np.array(stored[episode.image_index[camera][i]]) for camera, stored in pixels.items()},
             )
             for i in wanted
