@@ -378,6 +378,19 @@ def cut_video_with_its_index_at_the_end(root: Path) -> None:
     cut(root / VIDEO, 0.6)
 
 
+def damage_a_picture(root: Path) -> None:
+    """As a bad disk does: some bytes in the middle of one frame, nothing else. ffmpeg raises no error for it."""
+    file = root / VIDEO
+    encode(file, decode(file), 7, "mpeg4", {"g": "12"})
+    with av.open(str(file)) as container:
+        entry = container.streams.video[0].index_entries[6]
+    content = bytearray(file.read_bytes())
+    middle = entry.pos + entry.size // 2
+    content[middle : middle + 10] = bytes(255 - b for b in content[middle : middle + 10])
+    file.write_bytes(content)
+    assert len(decode(file)) == 35
+
+
 def v21_layout(root: Path) -> None:
     """What LeRobot v2.1 left: one file an episode, json lines."""
     shutil.rmtree(root / "meta" / "episodes")
@@ -437,6 +450,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty video": (lambda root: (root / VIDEO).write_bytes(b""), r"file-000\.mp4: is damaged or cut short"),
     "no video in the file": (
         lambda root: shutil.copy(root / "meta" / "info.json", root / VIDEO), r"file-000\.mp4: is damaged or cut short",
+    ),
+    "a damaged picture that ffmpeg patches over": (
+        damage_a_picture, r"file-000\.mp4: frame \d of episode \d is damaged; copy the file again",
     ),
     "times between the video's frames": (
         set_value(f"videos/{COLOR}/from_timestamp", 0, 0.05, EPISODES),

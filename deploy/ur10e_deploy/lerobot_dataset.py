@@ -442,6 +442,8 @@ class LeRobotDatasetSource:
                         f"{' and '.join(around) or 'none'}; tolerance {TOLERANCE_S:g} s); the video was cut short, or "
                         "the timestamps are not the video's: copy the dataset again"
                     )
+                if frame.is_corrupt:  # ffmpeg patches over damage, and LeRobot takes what it made up
+                    raise SourceError(f"{file}: frame {i} of episode {episode.index} is damaged; copy the file again")
                 pixels = converter.reformat(frame, format="rgb24").to_ndarray()
                 # Without a copy the array may be a view of memory that belongs to ffmpeg.
                 yield np.require(pixels, requirements=["C", "W", "O"])
