@@ -105,6 +105,7 @@ def test_a_stopped_node_stops_all_with_75(nodes):
     lead.wait_for(lead.run_dir / "metrics.jsonl")
     second.send_signal(signal.SIGTERM)
     assert (lead.wait(first), follower.wait(second)) == (75, 75), lead.log() + follower.log()
+    assert "waiting up to" not in lead.log() + follower.log(), "nobody was lost"
     (saved,) = list_checkpoints(lead.run_dir)
     verify_checkpoint(saved)
     assert (lead.run_dir / "stopped.json").exists() and not any(lead.delivered.iterdir())
