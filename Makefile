@@ -10,11 +10,8 @@ PY := .venv/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 DEMO_EPISODES ?= 40
 TESTS ?= tests
-# Beyond Python: containers, network namespaces, a Blob server. A target of their own until they have run in CI.
-OSMO_TESTS := tests/test_osmo_runs.py tests/test_osmo_ddp.py tests/test_osmo_blob.py
-IMAGE_TESTS := tests/test_osmo_images.py
 
-.PHONY: demo test test-osmo system-tools lint constraints clean
+.PHONY: demo test system-tools lint constraints clean
 
 demo: .venv/installed-trainer
 	@echo "== 1/3 sample bags of a simulated UR10e (about 10 seconds, once)"
@@ -28,15 +25,10 @@ demo: .venv/installed-trainer
 	@$(PY) -m ur10e_deploy.offline_eval --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval \
 		--mode every-step
 
-test: .venv/installed-all .venv-lerobot-0.4.4/installed lint
-	@$(PY) -m pytest -n 2 --dist loadgroup $(if $(filter-out tests,$(TESTS)),,$(OSMO_TESTS:%=--ignore=%) --ignore=$(IMAGE_TESTS)) \
-		$(TESTS)
-
-# The workflows' commands run as on a cluster, and the Dockerfiles in osmo/ built with buildah and run with podman (on a
-# small Debian in NVIDIA's image's stead; no Docker). As root on Debian.
-test-osmo: .venv/installed-all .venv-lerobot-0.4.4/installed .node/installed system-tools
-	@$(PY) -m pytest -n 2 --dist loadgroup $(OSMO_TESTS)
-	@$(PY) -m pytest -n 0 $(IMAGE_TESTS)
+# A part of them: make test TESTS=tests/test_train.py; without the containers, which take a third of the time:
+# make test TESTS="tests --ignore=tests/test_osmo_images.py"
+test: .venv/installed-all .venv-lerobot-0.4.4/installed .node/installed system-tools lint
+	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
 
 lint: .venv/installed-all
 	@.venv/bin/ruff check .
@@ -70,7 +62,7 @@ lint: .venv/installed-all
 	@touch $@
 
 # Azurite, a Blob server, and azcopy: for the tests of osmo/download-blob.sh.
-.node/installed:
+.node/installed: | system-tools
 	@mkdir -p .node/bin && echo '*' >.node/.gitignore
 	@command -v npm >/dev/null || { echo "note: no npm here: tests against a Blob server will be skipped"; exit 0; }; \
 	echo "== installing Azurite and azcopy into .node"; \
@@ -80,16 +72,17 @@ lint: .venv/installed-all
 	ln -sf ../node_modules/@azure-tools/azcopy-linux/dist/bin/azcopy_linux_amd64 .node/bin/azcopy; \
 	touch $@
 
-# Debian packages for the tests of osmo/ (network namespaces, containers, azcopy's library). Only root can install and
-# use them; anybody else's tests skip, and say so.
+# Debian packages for the tests of osmo/ (network namespaces, containers, azcopy's library, npm). Only root can install
+# and use them; anybody else's tests skip, and say so.
 system-tools:
-	@missing=$$(for tool in ip buildah podman runc mmdebstrap; do command -v $$tool >/dev/null || echo $$tool; done; \
-		ldconfig -p | grep -q libsecret-1.so.0 || echo libsecret-1-0); \
+	@missing=$$(for tool in buildah podman runc mmdebstrap npm; do command -v $$tool >/dev/null || echo $$tool; done; \
+		command -v ip >/dev/null || echo iproute2; \
+		ldconfig -p | grep libsecret-1.so.0 >/dev/null || echo libsecret-1-0); \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "== installing Debian packages for the tests of osmo/:" $$missing; \
 		apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-			iproute2 libsecret-1-0 buildah podman runc mmdebstrap >/dev/null; \
+			$$missing >/dev/null; \
 	else \
 		echo "note: not root on Debian: without" $$missing "some tests of osmo/ will be skipped"; \
 	fi
