@@ -708,7 +708,7 @@ def build_entry(
 ) -> None:
     """Decode one bag into `cache_dir/key`, atomically; safe when other processes build the same entry.
 
-    Whoever comes second waits for the lock and finds the entry done.
+    Whoever comes second waits for the lock and finds the entry done. An entry that is damaged is made again.
 
     Raises:
         BagError: a bad recording, or a disk that is full (nothing half-written stays behind).
@@ -722,8 +722,11 @@ def build_entry(
             except BlockingIOError:
                 print(f"waiting for another process that is caching {bag.name}", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if (entry / "meta.json").exists():
+            fault = entry_fault(entry, list(settings.camera_topics))
+            if not fault:
                 return
+            if entry.exists():
+                print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
             building = cache_dir / f".{key}.{os.getpid()}"
             try:
                 building.mkdir()
@@ -792,6 +795,19 @@ def _flush(path: Path) -> None:
     """To the disk for good: after a power failure a file that was only written may be zeros, black frames."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def entry_fault(entry: Path, cameras: Sequence[str]) -> str:
+    """What is missing from a cache entry or cut short, "" if nothing is. Looks at sizes and headers, not at pixels."""
+    try:
+        recording = load_entry(entry, cameras)
+        for camera, (height, width) in recording.image_shape.items():
+            file, expected = entry / _pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
+            if (size := file.stat().st_size) < expected:
+                return f"{file}: {size} bytes, expected {expected}"
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        return f"{entry}: {' '.join(str(error).split()) or type(error).__name__}"
+    return ""
 
 
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
@@ -1024,9 +1040,8 @@ def load_episodes(
             keys[bag.name] = cache_key(bag, contents[bag.name], settings)
         except BagError as error:
             failed[bag.name] = error
-    todo = [
-        bag for bag in bags if bag.name in keys and not (settings.cache_dir / keys[bag.name] / "meta.json").exists()
-    ]
+    cameras = list(settings.camera_topics)
+    todo = [bag for bag in bags if bag.name in keys and entry_fault(settings.cache_dir / keys[bag.name], cameras)]
     if not (failed and stop_early):
         failed |= {b.name: e for b, e in _build_entries(todo, keys, settings, workers, progress, stop_early)}
     if failed and stop_early:  # bags before this one may have been left undone
@@ -1038,7 +1053,7 @@ def load_episodes(
             if bag.name in failed:
                 raise failed[bag.name]
             entry = settings.cache_dir / keys[bag.name]
-            episode = synchronise(bag.name, load_entry(entry, list(settings.camera_topics)), settings)
+            episode = synchronise(bag.name, load_entry(entry, cameras), settings)
             if episodes:
                 _check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
         except BagError as error:
@@ -1264,21 +1279,21 @@ def _image_moments(episode: Episode, camera: str) -> Moments:
     """Per-channel moments in [0, 1] over an episode's stored images; kept in the cache entry after the first time."""
     assert episode.entry is not None
     file = episode.entry / f"{camera}.moments.json"
-    if not file.exists():
-        moments: Moments | None = None
-        for image in open_pixels(episode, camera):
-            moments = _merge(moments, _moments(image.reshape(-1, 3) / np.float32(255)))
-        assert moments is not None
-        partial = file.with_suffix(f".{os.getpid()}")
-        try:
-            _save(partial, json.dumps([moments[0], moments[1].tolist(), moments[2].tolist()]).encode())
-            _flush(partial)
-            os.replace(partial, file)
-        except OSError:  # a full disk: they are computed again next time
-            partial.unlink(missing_ok=True)
-            return moments
-    count, mean, squares = json.loads(file.read_text())
-    return count, np.array(mean), np.array(squares)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there yet, or damaged: computed again
+        count, mean, squares = json.loads(file.read_text())
+        return count, np.array(mean), np.array(squares)
+    moments: Moments | None = None
+    for image in open_pixels(episode, camera):
+        moments = _merge(moments, _moments(image.reshape(-1, 3) / np.float32(255)))
+    assert moments is not None
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        _save(partial, json.dumps([moments[0], moments[1].tolist(), moments[2].tolist()]).encode())
+        _flush(partial)
+        os.replace(partial, file)
+    except OSError:  # a full disk: they are computed again next time
+        partial.unlink(missing_ok=True)
+    return moments
 
 
 def open_pixels(episode: Episode, camera: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -274,13 +275,39 @@ def test_killed_while_caching(bag_dir):
     assert len(entries(cache_dir)) == 2 and not any(name.startswith(".") for name in entries(cache_dir))
 
 
-def test_entry_without_its_last_file_is_built_again(bag_dir):
-    """meta.json is written last: a folder without it counts as nothing."""
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "no meta.json, which is written last": (lambda entry: (entry / "meta.json").unlink(), "No such file"),
+    "meta.json cut": (lambda entry: cut(entry / "meta.json"), "Unterminated|Expecting"),
+    "pixels cut": (lambda entry: cut(entry / "color.rgb"), r"color\.rgb: \d+ bytes, expected \d+"),
+    "pixels gone": (lambda entry: (entry / "color.rgb").unlink(), "No such file"),
+    "joints cut": (lambda entry: cut(entry / "joint_rad.npy"), "data|reshape|size"),
+    "times emptied": (lambda entry: (entry / "color.time_ns.npy").write_bytes(b""), "No data left in file"),
+}
+
+
+@pytest.mark.parametrize("damage, why", DAMAGES.values(), ids=list(DAMAGES))
+def test_damaged_entry_is_built_again(bag_dir, damage, why, capfd):
+    """By a disk that was full, or a copy that was cut: said, and decoded once more; never half an entry, or a crash."""
     (episode, _), _ = load(settings(bag_dir))
-    (episode.entry / "meta.json").unlink()
-    (episode.entry / "color.rgb").write_bytes(b"half")
+    damage(episode.entry)
     (episode, _), _ = load(settings(bag_dir))
     np.testing.assert_array_equal(rd.open_pixels(episode, "color"), TAKE.images)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"frame cache: .*{episode.entry.name}.*({why}).*; decoding a again", line), line
+
+
+def test_damaged_statistics_are_computed_again(bag_dir):
+    episodes, _ = load(settings(bag_dir))
+    expected, _ = rd.compute_stats(episodes, "dataset", "delta")
+    cut(episodes[0].entry / "color.moments.json")
+    again, _ = rd.compute_stats(episodes, "dataset", "delta")
+    np.testing.assert_array_equal(
+        again["observation.images.color"]["mean"], expected["observation.images.color"]["mean"]
+    )
 
 
 def test_two_processes_at_once_decode_once(bag_dir):

@@ -241,7 +241,7 @@ class BagSource:
         with self._bag_errors(str(self._dir)):
             key = rosbag_dataset.cache_key(bag, bag.identity(), settings)
             entry = settings.cache_dir / key
-            if not (entry / "meta.json").exists():
+            if rosbag_dataset.entry_fault(entry, list(settings.camera_topics)):
                 rosbag_dataset.clean_cache(settings.cache_dir)
                 total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
                 with tqdm(
