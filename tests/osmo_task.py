@@ -10,7 +10,6 @@ stay between runs of the same box, as in a pod that is restarted in place. Every
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +210,3 @@ def upload(folder: Path, target: Path) -> None:
             if not any(part.startswith(".") for part in relative.parts):
                 (target / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(Path(root, name), target / relative)
-
-
-def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once per test run, although two xdist workers may ask for it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            folder.mkdir()
-            make(folder)
-            (folder / "done").touch()
-    return folder

@@ -5,7 +5,6 @@ POLICIES[name](exchange) is a checkpoint; observation(exchange, name) what it se
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from act_model import ACT, ACTConfig
 from lerobot_checkpoint import load_policy, save_checkpoint, stats_shapes
 from rosbag_dataset import UR_JOINTS
 from tests.lerobot_044 import launch
+from tests.once import once
 from tests.tiny import ROOT, run
 
 TWO_CAMERAS = {"wrist": (64, 33), "front": (40, 56)}  # an order that sorting would change, and sizes that differ
@@ -35,19 +35,6 @@ SETTINGS = dict(
     use_vae=True, latent_dim=8, dropout=0.1, pre_norm=False, vision_backbone="resnet18",
     replace_final_stride_with_dilation=False,
 )  # fmt: skip
-
-
-def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills once per test run, although two xdist workers may ask for it."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            folder.mkdir()
-            make(folder)
-            (folder / "done").touch()
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ from ur10e_deploy.sources import BagSource
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import UR_JOINTS, ChunkDataset, Episode, load_episodes, settings_from, wrap_to_pi
 from tests.bags import make_take, write_bag
-from tests.policies import contract_of, exchange, once, trained, trained_absolute
+from tests.once import once
+from tests.policies import contract_of, exchange, trained, trained_absolute
 from tests.tiny import ROOT
 
 __all__ = ["exchange", "trained", "trained_absolute"]  # fixtures

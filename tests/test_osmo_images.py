@@ -9,6 +9,7 @@ them would fail. Storage is a folder of the test run's own, removed at its end.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -132,32 +133,27 @@ def store() -> Iterator[Store]:
         # with a compiler, as NVIDIA's has: one of LeRobot's dependencies comes as source only
         include = "--include=python3,python3-dev,python3-venv,python3-pip,ca-certificates,gcc,libc6-dev"
         sources = [DEBIAN_SOURCES] if DEBIAN_SOURCES.exists() else []
-        sh(
-            "mmdebstrap",
-            "--quiet",
-            "--variant=minbase",
-            "--dpkgopt=force-unsafe-io",
-            include,
-            "bookworm",
-            tree,
-            *sources,
-        )
+        options = ["--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io", include]
+        sh("mmdebstrap", *options, "bookworm", tree, *sources)
         shutil.copy(CERTIFICATES, tree / CERTIFICATES[1:])
         (tree / "usr/lib/python3/dist-packages/torch.pth").write_text(TORCH + "\n")
         (tree / "usr/local/bin/python").symlink_to("/usr/bin/python3")
         (tree / "usr/local/bin/torchrun").write_text('#!/bin/sh\nexec python3 -m torch.distributed.run "$@"\n')
         (tree / "usr/local/bin/torchrun").chmod(0o755)
+        (tree / "etc/pip").mkdir()
+        (tree / "etc/pip/constraint.txt").write_text("pyyaml==6.0.1\n")  # as NVIDIA's; not the newest there is
         container = made.buildah("from", "scratch").strip().splitlines()[-1]
         made.buildah("add", "--quiet", container, tree, "/")
         shutil.rmtree(tree)
         # Debian's pip installs nothing into the system's Python unless asked; NGC's is open.
-        made.buildah(
-            "config", "--env", "PIP_BREAK_SYSTEM_PACKAGES=1", "--env", f"SSL_CERT_FILE={CERTIFICATES}", container
-        )
+        for variable in (
+            "PIP_BREAK_SYSTEM_PACKAGES=1", "PIP_CONSTRAINT=/etc/pip/constraint.txt", f"SSL_CERT_FILE={CERTIFICATES}"
+        ):  # fmt: skip
+            made.buildah("config", "--env", variable, container)
         made.buildah("commit", "--quiet", "--rm", container, BASE)
         yield made
     finally:
-        subprocess.run(["umount", "--quiet", str(folder / "root/overlay")], capture_output=True)
+        subprocess.run(["umount", "--recursive", "--quiet", str(folder / "root/overlay")], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -202,7 +198,8 @@ def test_the_training_image_trains(trained: Path):
 
 
 def test_the_training_image_holds_what_the_workflows_need(store: Store, train_image: str, pods: Path):
-    """Not root, no code of ours, azcopy and torchrun there, nothing of pip's or apt's caches, no foreign torch."""
+    """Not root, no code of ours, azcopy and torchrun there, nothing of pip's or apt's caches, no foreign torch; what
+    the base image's constraint file pins is at that version."""
     script = (
         "id -u; ls -A /workspace; azcopy --version; torchrun --help | head -1; python -c 'import torch, wandb;"
         " print(torch.__file__)'; ls -A /root/.cache /var/lib/apt/lists /tmp 2>/dev/null; pip list 2>/dev/null"
@@ -213,6 +210,7 @@ def test_the_training_image_holds_what_the_workflows_need(store: Store, train_im
     assert lines[0] == "10001" and lines[1].startswith("azcopy version"), printed
     assert f"{TORCH}/torch/__init__.py" in lines
     assert "lerobot" not in printed and ".whl" not in printed and "_Packages" not in printed
+    assert re.search(r"^PyYAML +6\.0\.1$", printed, re.MULTILINE), printed
 
 
 def test_the_evaluation_image_evaluates(store: Store, trained: Path, sample_bags: Path, pods: Path):

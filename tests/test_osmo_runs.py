@@ -22,8 +22,9 @@ from lerobot_checkpoint import list_checkpoints, load_policy, verify_checkpoint
 from rosbag_dataset import load_episodes, open_pixels
 from tests.bags import settings
 from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
+from tests.once import once
 from tests.osmo_spec import place, submit
-from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, once, require, tiny, upload
+from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload
 from tests.tiny import metrics
 
 STORAGE = "storage_url=azure://account/container/prefix"
