@@ -200,17 +200,19 @@ azcopy copy "$endpoint/${quoted%/}${sas:+?$sas}" "$dest" --from-to=BlobLocal --r
 pid=$!
 
 show_errors() { grep -aiE 'error|fail|denied|space|found' "$scratch/out" | tail -n 8 | sed -E 's/sig=[^&"[:space:]]*/sig=REDACTED/g' >&2 || true; }
-used_kib=-1 moved_s=$SECONDS said_s=$SECONDS
+# What azcopy has read: the files tell nothing, they have their full size from the start.
+received() { sed -n 's/^rchar: //p' "/proc/$pid/io" 2>/dev/null || true; }
+counted=0 moved_s=$SECONDS said_s=$SECONDS
 while kill -0 "$pid" 2>/dev/null; do
   sleep 1 &
   wait $! || true # not `sleep` alone: a signal is then heeded at once
-  now_kib=$(du -sk "$dest" 2>/dev/null | cut -f1 || true)
-  if [[ ${now_kib:-0} != "$used_kib" ]]; then
-    used_kib=${now_kib:-0} moved_s=$SECONDS
+  now=$(received)
+  if [[ -z $now ]] || ((now - counted >= 1048576)); then # less in BLOB_STALL_S is only its own retries
+    counted=${now:-0} moved_s=$SECONDS
   fi
   if ((SECONDS - said_s >= 60)); then
     said_s=$SECONDS
-    echo "download-blob: $((used_kib / 1024)) MiB so far"
+    echo "download-blob: about $((${now:-0} / 1048576)) MiB received"
   fi
   if ((SECONDS - moved_s >= stall_s)); then
     show_errors
@@ -225,7 +227,9 @@ if ((rc)); then
   show_errors
   if grep -aqi 'no space left' "$scratch/out" "$scratch"/*.log; then
     fail 1 "$dest is full; raise \`storage\` of the workflow"
-  elif grep -aqE 'AuthorizationPermissionMismatch|AuthenticationFailed|AuthorizationFailure|\b40[134]\b|AADSTS|[Ll]ogin' "$scratch/out"; then
+  elif grep -aqE 'The specified (file was not found|container does not exist)|RESPONSE 404' "$scratch/out"; then
+    fail 1 "$where: nothing there; check AZURE_STORAGE_ACCOUNT, AZURE_BLOB_CONTAINER and AZURE_BLOB_PREFIX"
+  elif grep -aqE 'RESPONSE 40[13]|AuthenticationFailed|AuthorizationFailure|AADSTS|[Ll]ogin|[Cc]redential' "$scratch/out"; then
     fail 1 "$where: azcopy was refused; see its lines above; the identity needs the role Storage Blob Data Reader"
   fi
   fail 75 "$where: azcopy failed with exit code $rc; see its lines above; run again to go on"

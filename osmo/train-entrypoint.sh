@@ -35,6 +35,21 @@ while (($#)); do
 done
 (($#)) || die "no command to train with; expected for example: python /workspace/train.py --config=FILE"
 
+# From here on SIGTERM and SIGINT mean: save, and end with 75.
+asked='' sent='' child='' log=''
+forward() {
+  asked=yes
+  [[ -n $child ]] || return 0
+  sent=yes
+  # To torchrun's ranks, not to torchrun: it would give them 30 s to save before it kills them. They all end together.
+  local ranks=''
+  [[ -z $log ]] || read -r ranks <"/proc/$child/task/$child/children" || true
+  # shellcheck disable=SC2086 # several numbers
+  kill -TERM ${ranks:-$child} 2>/dev/null || true
+}
+trap forward TERM INT
+trap '[[ -z $log ]] || rm -f "$log"' EXIT
+
 mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
 if [[ -n $bags ]]; then
   [[ -d $bags ]] || die "--bags=$bags: no such directory; the task's first input has to be the recordings"
@@ -98,24 +113,21 @@ fi
 # -- train --------------------------------------------------------------------------------------------------------
 
 # Loader processes hand batches over in shared memory, of which a pod has 64 MiB unless its pool gives it more.
+option() { sed -n "s/.*--$1[= ]\([0-9][0-9]*\).*/\1/p" <<<"$2"; } # NAME, command line
+ranks_here=$(option nproc_per_node "$*")
 shm_mib=$(($(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $2}' || echo 0) / 1024))
-if ((shm_mib < 256)) && [[ "$*" != *training.num_workers=* ]]; then
-  say "note: /dev/shm has $shm_mib MiB: batches are loaded in the training process (training.num_workers=0);" \
-    "README.md says how a pool gets more"
+if ((shm_mib < 256 * ${ranks_here:-1})) && [[ "$*" != *training.num_workers=* ]]; then
+  say "note: /dev/shm has $shm_mib MiB for ${ranks_here:-1} GPUs: batches are loaded in the training process" \
+    "(training.num_workers=0); README.md says how a pool gets more"
   set -- "$@" --override=training.num_workers=0
 fi
 
 export PYTHONUNBUFFERED=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # time to save before torchrun kills
 rm -f "$run_dir/stopped.json"
-
-asked='' child='' log=''
-forward() {
-  asked=yes
-  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
-}
-trap forward TERM INT
-trap '[[ -z $log ]] || rm -f "$log"' EXIT
+if [[ -n $asked ]]; then
+  say "stopped before the training began"
+  exit 75
+fi
 
 if [[ $(basename "$1") == torchrun ]]; then
   log=$(mktemp)
@@ -127,7 +139,7 @@ else
   "$@" --resume &
   child=$!
 fi
-[[ -z $asked ]] || forward # a signal that came before there was a child
+[[ -z $asked || -n $sent ]] || forward # a signal that came between; a second one would end it without saving
 rc=0
 while :; do # `wait` also returns when a signal arrives; the trainer then saves, and is waited for again
   wait "$child" && rc=0 || rc=$?
@@ -135,18 +147,26 @@ while :; do # `wait` also returns when a signal arrives; the trainer then saves,
 done
 [[ -z $log ]] || wait "$tail_pid" || true
 
-if [[ -n $log ]] && ((rc == 1)); then
+if [[ -n $asked ]] && ((rc == 143)); then
+  rc=75 # the signal came before train.py could heed it
+elif [[ -n $log ]] && ((rc == 1)); then
   # The failing rank's own line, or Python's last one; torchrun's lines begin with `torch.`, a victim's are no reason.
   own=$(grep -aE '^(\[rank[0-9]+\]: )?(error: |[A-Za-z_]+(Error|Exception)\b)' "$log" | grep -av 'another rank is gone' || true)
-  nodes=$(sed -n 's/.*--nnodes[= ]\([0-9][0-9]*\).*/\1/p' <<<"$*")
-  if [[ -e $run_dir/stopped.json ]]; then
+  # Of the rank that failed first: those that torchrun then kills are in its table too.
+  first=$(grep -aA 6 '^Root Cause' "$log" | sed -n 's/.*exitcode *: \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | tail -n 1 || true)
+  nodes=$(option nnodes "$*")
+  if [[ -e $run_dir/stopped.json || $first == 75 ]]; then
     rc=75
   elif [[ -n $own ]]; then
     rc=1
-  elif grep -aqE 'exitcode *: -9\b' "$log"; then
+  elif [[ $first == -9 ]]; then
     rc=137
     echo "error: train-entrypoint: a rank of this node was killed, most likely for want of memory; raise \`memory\`," \
       "or lower training.batch_size or training.num_workers" >&2
+  elif [[ $first =~ ^-(4|7|8|11)$ ]]; then
+    rc=1
+    echo "error: train-entrypoint: a rank of this node crashed with signal ${first#-} (7: most likely /dev/shm is full," \
+      "then set training.num_workers=0; else see above)" >&2
   elif [[ -n $asked ]] || ((${nodes:-1} == 1)); then
     rc=75
   else

@@ -136,6 +136,40 @@ def test_an_identity_that_cannot_log_in_ends(server: Azurite, tmp_path: Path):
     assert code == 1 and "azcopy was refused" in error_line(printed) and "WorkloadIdentity" in printed, printed
 
 
+def azcopy_with(folder: Path, line: str) -> str:
+    """A PATH whose azcopy is the real one, called as `line` says; REAL is its path."""
+    folder.mkdir()
+    shim = folder / "azcopy"
+    shim.write_text(f"#!/bin/bash\n{line.replace('REAL', str(NODE_BIN / 'azcopy'))}\n")
+    shim.chmod(0o755)
+    return f"{folder}:{NODE_BIN}:{os.environ['PATH']}"
+
+
+IDENTITIES = {  # what is asked for, the identity's rights, the exit code, the message
+    "all there": ({}, "rl", 0, "1 folders with bags"),
+    "missing prefix": ({"AZURE_BLOB_PREFIX": "nothing/"}, "rl", 1, "nothing there; check AZURE_STORAGE_ACCOUNT"),
+    "missing container": ({"AZURE_BLOB_CONTAINER": "no-such"}, "rl", 1, "nothing there; check AZURE_STORAGE_ACCOUNT"),
+    "no right to list": ({}, "r", 1, "azcopy was refused"),
+    "no right to read": ({}, "l", 1, "azcopy was refused"),
+    "no bags": ({"AZURE_BLOB_PREFIX": "texts/"}, "rl", 1, "no bag arrived"),
+}
+
+
+@pytest.mark.parametrize("change, rights, code, message", IDENTITIES.values(), ids=list(IDENTITIES))
+def test_with_an_identity(change, rights: str, code: int, message: str, server: Azurite, tmp_path: Path):
+    """Azurite knows no identities: the login alone is stood in for, by a SAS that only azcopy gets to see."""
+    sas = server.sas(change.get("AZURE_BLOB_CONTAINER", "datasets"), rights)
+    login = 'args=("$@"); args[1]+="?$IDENTITY"; unset AZCOPY_AUTO_LOGIN_TYPE; exec REAL "${args[@]}"'
+    values = environment(
+        server, tmp_path / "bags", AZURE_STORAGE_SAS=None, AZCOPY_AUTO_LOGIN_TYPE="MSI", IDENTITY=sas,
+        PATH=azcopy_with(tmp_path / "bin", login), **change,
+    )  # fmt: skip
+    found, printed, seconds = download(values)
+    assert found == code and seconds < 30, printed
+    assert message in (printed if code == 0 else error_line(printed)), printed
+    assert not any(secret in printed for secret in secrets_of({"AZURE_STORAGE_SAS": sas}))
+
+
 def test_a_server_that_is_down(tmp_path: Path):
     """75: a rerun may succeed. azcopy itself would wait for ever."""
     code, printed, seconds = download(environment(Azurite(tmp_path), tmp_path / "bags"))
@@ -249,6 +283,14 @@ def test_stopped_in_the_middle(large: Azurite, tmp_path: Path):
     assert not list(dest.rglob(".azDownload-*")) and not azcopies(dest)
     assert download(values)[0] == 0
     assert len(files(dest)) == 4
+
+
+def test_a_slow_download_is_no_stalled_one(large: Azurite, tmp_path: Path):
+    """All files are begun at once, with their full size on the disk from then on; what arrives is what counts."""
+    slow = azcopy_with(tmp_path / "bin", 'exec REAL "$@" --cap-mbps 120 --block-size-mb 1')
+    code, printed, seconds = download(environment(large, tmp_path / "bags", BLOB_STALL_S="4", PATH=slow))
+    assert code == 0, printed
+    assert seconds > 8, "not slow enough to show it"
 
 
 def test_a_server_that_goes_away_in_the_middle(tmp_path: Path):

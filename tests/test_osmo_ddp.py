@@ -18,7 +18,7 @@ import pytest
 
 from lerobot_checkpoint import list_checkpoints, verify_checkpoint
 from tests.osmo_spec import place, submit
-from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny, upload
 from tests.tiny import metrics
 
 HOSTS = {"node-0": "node-0.workers.example", "node-1": "node-1.workers.example"}
@@ -55,17 +55,19 @@ def nodes(networks: dict[str, str], sample_bags: Path, tmp_path: Path) -> Iterat
     """A function that makes the two nodes' boxes, with settings of the run; none of them outlives the test."""
     made: list[TaskBox] = []
 
-    def make(peer_wait_s: int = 60, **changes: object) -> tuple[TaskBox, TaskBox]:
+    def make(
+        peer_wait_s: int = 60, stored: Path | None = None, attempt: str = "", **changes: object
+    ) -> tuple[TaskBox, TaskBox]:
         settings = {"training__save_freq": 3, "training__log_freq": 1, "training__val_fraction": 0, **changes}
-        spec = submit(WORKFLOWS / "osmo-workflow-ddp.yaml", "n_nodes=2", tiny(**settings))
+        storage = ["storage_url=azure://account/container/prefix"] if stored else []
+        spec = submit(WORKFLOWS / "osmo-workflow-ddp.yaml", "n_nodes=2", tiny(**settings), *storage)
         for name, task in place(spec, hosts=HOSTS).items():
             hosts = {HOSTS[node]: address for node, address in ADDRESSES.items()}
             hosts[socket.gethostname()] = ADDRESSES[name]  # as Kubernetes writes it
             environment = {"PEER_WAIT_S": str(peer_wait_s), "GLOO_SOCKET_IFNAME": f"o{os.getpid()}-{name[-1]}"}
-            made.append(
-                TaskBox(tmp_path / name, task, {0: sample_bags}, network=networks[name], hosts=hosts, **environment)
-            )
-        return made[0], made[1]
+            inputs, folder = {0: sample_bags, 1: stored}, tmp_path / attempt / name
+            made.append(TaskBox(folder, task, inputs, network=networks[name], hosts=hosts, **environment))
+        return made[-2], made[-1]
 
     yield make
     for box in made:
@@ -97,13 +99,34 @@ def test_a_lost_node_restarts_the_group(nodes):
     assert not any(follower.delivered.iterdir()) and not list_checkpoints(follower.run_dir)
 
 
-def test_a_stopped_node_stops_all_with_75(nodes):
-    """SIGTERM to one node alone, through the script to torchrun to the ranks: all save at the same step, and both
-    commands end with 75, which torchrun itself would have turned into 1."""
+def test_a_lost_lead_comes_back_on_another_node(nodes, tmp_path: Path):
+    """With a storage url: the lead's new pod takes up what was uploaded of the lost one's run; node 1 is restarted in
+    place. Without one, there would be nothing to take up."""
+    (tmp_path / "nothing").mkdir()
+    lead, follower = nodes(training__steps=8, stored=tmp_path / "nothing")
+    lead.start(), follower.start()
+    lead.wait_for(lead.run_dir / "checkpoint_000003")
+    upload(lead.run_dir, tmp_path / "stored")
+    lead.lose()
+    follower.wait_for("another node stopped or was lost; waiting up to 60 s")
+    follower.kill()
+    time.sleep(1)
+    lead, _ = nodes(training__steps=8, stored=tmp_path / "stored", attempt="again")
+    processes = lead.start(), follower.start()
+    assert [box.wait(process) for box, process in zip((lead, follower), processes, strict=True)] == [0, 0], lead.log()
+    assert "taking up checkpoint_00000" in lead.log()
+    assert [m["step"] for m in metrics(lead.run_dir)] == list(range(1, 9)), "the curve has no gap"
+    verify_checkpoint(list_checkpoints(lead.delivered / "train-rosbag-act")[-1])
+
+
+@pytest.mark.parametrize("asked", ["lead", "follower"])
+def test_a_stopped_node_stops_all_with_75(nodes, asked: str):
+    """SIGTERM to one node alone, through the script to its ranks: all save at the same step, and both commands end with
+    75, which torchrun itself would have turned into 1."""
     lead, follower = nodes(peer_wait_s=2, training__steps=500, training__save_freq=500)
     first, second = lead.start(), follower.start()
     lead.wait_for(lead.run_dir / "metrics.jsonl")
-    second.send_signal(signal.SIGTERM)
+    (first if asked == "lead" else second).send_signal(signal.SIGTERM)
     assert (lead.wait(first), follower.wait(second)) == (75, 75), lead.log() + follower.log()
     assert "waiting up to" not in lead.log() + follower.log(), "nobody was lost"
     (saved,) = list_checkpoints(lead.run_dir)
@@ -125,15 +148,23 @@ def test_a_node_that_fails_says_why_and_ends_with_1(nodes):
     assert time.monotonic() - started < 90
 
 
-def test_a_rank_that_is_killed_is_not_restarted_for_ever(nodes):
-    """Out of memory: 137, as for a single process; OSMO fails the group instead of trying the same again."""
+DEATHS = {
+    "out of memory": (signal.SIGKILL, 137, "a rank of this node was killed, most likely for want of memory"),
+    "crashed": (signal.SIGSEGV, 1, "a rank of this node crashed with signal 11"),
+}
+
+
+@pytest.mark.parametrize("death, code, message", DEATHS.values(), ids=list(DEATHS))
+def test_a_rank_that_dies_is_not_restarted_for_ever(nodes, death: signal.Signals, code: int, message: str):
+    """No Python line says why: 137, as for a single process out of memory, or 1. OSMO fails the group instead of trying
+    the same again."""
     lead, follower = nodes(peer_wait_s=2, training__steps=500, training__save_freq=500)
     first, second = lead.start(), follower.start()
     lead.wait_for(lead.run_dir / "metrics.jsonl")
     (rank,) = descendants(second.pid, "train.py")
-    os.kill(rank, signal.SIGKILL)
-    assert follower.wait(second) == 137, follower.log()
-    assert "a rank of this node was killed, most likely for want of memory" in follower.log()
+    os.kill(rank, death)
+    assert follower.wait(second) == code, follower.log()
+    assert message in follower.log()
     assert lead.wait(first) == 75, lead.log()
 
 
