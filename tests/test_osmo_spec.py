@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ur10e_deploy import offline_eval
 
 import train
 from tests.osmo_spec import VERSIONS, SpecError, check, place, render, sections, submit, tasks
@@ -480,6 +481,7 @@ CLI = {
     "dataset download": {},
     "data upload": {},
     "data download": {},
+    "data delete": {"--regex": 1},
     "data check": {"--access-type": 1},
 }  # fmt: skip
 
@@ -488,11 +490,36 @@ def readme_commands() -> list[list[str]]:
     """Every command in the README's shell blocks, as words; a line that ends in a backslash goes on."""
     text = (OSMO / "README.md").read_text()
     commands = []
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):  # fences may be indented, in lists
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 commands.append(words)
     return commands
+
+
+def test_the_readme_makes_folders_before_it_downloads_to_them():
+    """OSMO's CLI refuses a destination that is not there."""
+    made: set[str] = set()
+    for words in readme_commands():
+        if words[:2] == ["mkdir", "-p"]:
+            made |= set(words[2:])
+        if words[:1] == ["osmo"] and words[2] == "download":
+            assert words[-1].removeprefix("./") in made, words
+
+
+def test_the_readme_evaluates_as_the_evaluator_documents():
+    """Its options exist, and the checkpoints are where the downloads before put them."""
+    downloads = [w[3] for w in readme_commands() if w[1:3] == ["dataset", "download"]]
+    evaluations = [w for w in readme_commands() if w[:3] == ["python", "-m", "ur10e_deploy.offline_eval"]]
+    outputs = []
+    for words in evaluations:
+        arguments = offline_eval.parser().parse_args(words[3:])
+        folder, dataset, run = Path(arguments.checkpoint).parts
+        assert folder == "sweep" and dataset.startswith("ur10e-act-sweep-") and run == "train-rosbag-act"
+        outputs.append(str(arguments.output))
+    assert outputs and any("sweep" in name for name in downloads)
+    (compared,) = [w for w in readme_commands() if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
+    assert compared[3:] == outputs
 
 
 def osmo_commands() -> list[list[str]]:
