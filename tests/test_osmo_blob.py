@@ -327,13 +327,14 @@ def test_the_blob_workflow_killed_in_the_middle_and_run_again(server: Azurite, s
     server.upload_folder("recordings", "sample", sample_bags)
     spec = submit(
         WORKFLOWS / "osmo-workflow-blob.yaml", "blob_container=recordings", "blob_prefix=sample/",
-        tiny(training__steps=2, training__save_freq=2),
+        "storage_url=azure://account/container/prefix", tiny(training__steps=2, training__save_freq=2),
     )  # fmt: skip
     task = place(spec)["train-act"]
     values = environment(server, tmp_path, AZURE_STORAGE_SAS=server.sas("recordings", "rl"))
     (credentials,) = task["credentials"].values()
     secrets = {name: values[name] for name in credentials}  # as OSMO sets them
-    box = TaskBox(tmp_path / "box", task, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets)
+    (tmp_path / "nothing").mkdir()  # at the storage url
+    box = TaskBox(tmp_path / "box", task, {0: tmp_path / "nothing"}, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets)
     box.start()
     box.wait_for("to download")
     box.wait_for(box.folder / "data/rosbags/*")

@@ -142,6 +142,12 @@ def store() -> Iterator[Store]:
         (tree / "usr/local/bin/torchrun").chmod(0o755)
         (tree / "etc/pip").mkdir()
         (tree / "etc/pip/constraint.txt").write_text("pyyaml==6.0.1\n")  # as NVIDIA's; not the newest there is
+        own_opencv = (
+            tree / "usr/local/lib/python3.11/dist-packages/cv2"
+        )  # as NVIDIA's; one beside the other breaks both
+        own_opencv.mkdir(parents=True)
+        (own_opencv / "__init__.py").write_text("from cv2.own import nothing\n")
+        (own_opencv / "own.py").write_text("nothing = None\n")
         container = made.buildah("from", "scratch").strip().splitlines()[-1]
         made.buildah("add", "--quiet", container, tree, "/")
         shutil.rmtree(tree)
@@ -202,7 +208,8 @@ def test_the_training_image_holds_what_the_workflows_need(store: Store, train_im
     the base image's constraint file pins is at that version."""
     script = (
         "id -u; ls -A /workspace; azcopy --version; torchrun --help | head -1; python -c 'import torch, wandb;"
-        " print(torch.__file__)'; ls -A /root/.cache /var/lib/apt/lists /tmp 2>/dev/null; pip list 2>/dev/null"
+        " print(torch.__file__)'; ls -A /root/.cache /var/lib/apt/lists /tmp 2>/dev/null; pip list 2>/dev/null;"
+        " ls /usr/local/lib/python3.11/dist-packages/cv2"
     )
     code, printed = store.run(train_image, ["bash", "-c", script], {})
     assert code == 0, printed
@@ -210,6 +217,7 @@ def test_the_training_image_holds_what_the_workflows_need(store: Store, train_im
     assert lines[0] == "10001" and lines[1].startswith("azcopy version"), printed
     assert f"{TORCH}/torch/__init__.py" in lines
     assert "lerobot" not in printed and ".whl" not in printed and "_Packages" not in printed
+    assert "own.py" not in lines, "the base image's OpenCV gave way"
     assert re.search(r"^PyYAML +6\.0\.1$", printed, re.MULTILINE), printed
 
 

@@ -60,6 +60,14 @@ def error_line(box: TaskBox) -> str:
     return lines[0]
 
 
+@pytest.fixture
+def nothing(tmp_path: Path) -> Path:
+    """What a first attempt finds at its storage url."""
+    folder = tmp_path / "nothing"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the base workflow's task, run to its end without interruption."""
@@ -87,12 +95,11 @@ def test_base_trains_and_hands_over(finished: Path):
     assert sorted(episodes) == [f"episode_{i:03d}" for i in range(6)], "named as at home"
 
 
-def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Path, tmp_path: Path):
+def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Path, nothing: Path, tmp_path: Path):
     """SIGTERM: 75, and nothing handed over. What was uploaded, torn in its newest checkpoint, is taken up by a pod
     that has nothing else, to the same weights as without the interruption; `best` is found again."""
     base = task("osmo-workflow.yaml", STORAGE)
-    nothing, stored = tmp_path / "nothing", tmp_path / "stored"
-    nothing.mkdir()
+    stored = tmp_path / "stored"
     first = TaskBox(tmp_path / "first", base, {0: sample_bags, 1: nothing})
     process = first.start()
     first.wait_for(first.run_dir / "checkpoint_000003")
@@ -116,11 +123,12 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
     assert os.readlink(second.run_dir / "best") == os.readlink(finished / RUN_DIR / "best")
 
 
-def test_a_restart_in_place_goes_on_from_its_own_checkpoints(finished: Path, sample_bags: Path, tmp_path: Path):
+def test_a_restart_in_place_goes_on_from_its_own_checkpoints(
+    finished: Path, sample_bags: Path, nothing: Path, tmp_path: Path
+):
     """SIGKILL to the process group, as OSMO restarts a command: the same pod's next start needs no input for it."""
     base = task("osmo-workflow.yaml", STORAGE)
-    (tmp_path / "nothing").mkdir()
-    box = TaskBox(tmp_path / "node", base, {0: sample_bags, 1: tmp_path / "nothing"})
+    box = TaskBox(tmp_path / "node", base, {0: sample_bags, 1: nothing})
     box.start()
     box.wait_for(box.run_dir / "checkpoint_000003")
     box.kill()
@@ -188,15 +196,15 @@ def test_loader_processes_only_with_shared_memory(shm_mib: int, workers: int, sa
     assert (f"/dev/shm has {shm_mib} MiB" in box.log()) is (workers == 0)
 
 
-def test_two_arms_of_the_sweep(sample_bags: Path, tmp_path: Path):
-    """The first and the last of the six, at the same time, each with its settings."""
-    spec = submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3))
-    arms = place(spec)
-    first, last = list(arms)[0], list(arms)[-1]
-    # tiny() sets a learning rate of its own, which would win over the arm's
-    for arm in (first, last):
-        arms[arm]["args"].remove("--override=training.lr=0.0001")
-    boxes = {arm: TaskBox(tmp_path / arm, arms[arm], {0: sample_bags}) for arm in (first, last)}
+def test_two_arms_of_the_sweep(sample_bags: Path, nothing: Path, tmp_path: Path):
+    """The first and the last of the six, at the same time, each with its settings; the last one with a storage url."""
+    arms = place(submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3)))
+    stored = place(submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3), STORAGE))
+    both = {"train-lr1e5-kl10": arms["train-lr1e5-kl10"], "train-lr1e4-kl1": stored["train-lr1e4-kl1"]}
+    boxes = {}
+    for arm, each in both.items():
+        each["args"].remove("--override=training.lr=0.0001")  # tiny() sets one, which would win over the arm's
+        boxes[arm] = TaskBox(tmp_path / arm, each, {0: sample_bags, 1: nothing})
     processes = {arm: box.start() for arm, box in boxes.items()}
     settings_of = {}
     for arm, box in boxes.items():
@@ -207,12 +215,12 @@ def test_two_arms_of_the_sweep(sample_bags: Path, tmp_path: Path):
     assert settings_of == {"train-lr1e5-kl10": (1e-5, 10.0), "train-lr1e4-kl1": (1e-4, 1.0)}
 
 
-def test_wandb_offline(sample_bags: Path, tmp_path: Path):
+def test_wandb_offline(sample_bags: Path, nothing: Path, tmp_path: Path):
     """The run is logged under the workflow's id; the key, an environment variable from a credential, is not shown."""
     key = "0123456789abcdef" * 2 + "01234567"
     box = TaskBox(
-        tmp_path, task("osmo-workflow-wandb.yaml", training__steps=3), {0: sample_bags}, WANDB_MODE="offline",
-        WANDB_API_KEY=key,
+        tmp_path, task("osmo-workflow-wandb.yaml", STORAGE, training__steps=3), {0: sample_bags, 1: nothing},
+        WANDB_MODE="offline", WANDB_API_KEY=key,
     )  # fmt: skip
     assert box.run() == 0, box.log()
     (record,) = (box.run_dir / "wandb").glob("offline-run-*/run-*.wandb")
@@ -260,18 +268,19 @@ def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: 
     return box
 
 
-def test_the_chain_ends_in_parquet_files(finished: Path, evaluation_dataset: Path, tmp_path: Path):
-    """train-act's output, on eval-act: the newest checkpoint, the episodes that there are, results handed over."""
+def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evaluation_dataset: Path, tmp_path: Path):
+    """Both of its tasks: train-act's output on eval-act: the newest checkpoint, the episodes there are, the results."""
     import pyarrow.parquet as pq
 
-    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset)
+    training = task("osmo-workflow-train-eval.yaml", STORAGE, training__steps=4)
+    trained = TaskBox(tmp_path / "train", training, {0: sample_bags, 1: nothing})
+    assert trained.run() == 0, trained.log()
+    box = evaluation_box(tmp_path / "eval", trained.delivered, evaluation_dataset)
     assert box.run() == 0, box.log()
-    assert "evaluating /osmo/data/input/0/train-rosbag-act/checkpoint_000009" in box.log()
+    assert "evaluating /osmo/data/input/0/train-rosbag-act/checkpoint_000004" in box.log()
     names = {path.name for path in box.delivered.iterdir()}
     assert {*(f"episode_{i:03d}.parquet" for i in range(3)), "all_episodes.parquet", "summary.json"} <= names
-    assert "episode_003.parquet" not in names and "3" in box.log(), (
-        "EVAL_EPISODES asks for one too many, and it is said"
-    )
+    assert "episodes 3 are skipped" in box.log(), "EVAL_EPISODES asks for one too many"
     table = pq.read_table(box.delivered / "all_episodes.parquet")
     assert table.num_rows > 20 and "inference_time_s" in table.column_names
     assert any(name.startswith("abs_error_") for name in table.column_names)

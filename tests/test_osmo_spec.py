@@ -254,6 +254,33 @@ def test_what_the_workflows_share_is_the_same(storage: tuple[str, ...]):
     assert evaluation["exitActions"] == first["exit actions"]
 
 
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+@each_workflow
+def test_every_variant_runs_the_base_command(path: Path, storage: tuple[str, ...]):
+    """Word by word, but for what makes it a variant; so what the base workflow's runs show holds for all of them."""
+    changes = [*storage, "steps=10", "overrides=training.batch_size=2"]
+
+    def words(task: dict[str, Any]) -> list[str]:
+        return [word.replace("{{input:0}}", "{{input:1}}") for word in task["command"] + task["args"]
+                if not re.match(r"--bags=|--override=(wandb\.|training\.(lr|kl_weight)=)", word)]  # fmt: skip
+
+    base = words(tasks(submit(OSMO / "osmo-workflow.yaml", *changes))[0])
+    start = base.index("python")
+    for task in training_tasks(submit(path, *changes)):
+        found = words(task)
+        if "blob" in path.name:
+            assert found[:2] == ["bash", "/workspace/download-blob.sh"]
+            found = found[2:]
+        if "ddp" in path.name:
+            assert [w.split("=")[0] for w in found if w not in base] == [
+                "torchrun", "--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"
+            ]  # fmt: skip
+            found = ["python" if w == "torchrun" else w for w in found if w == "torchrun" or w in base]
+            if not task.get("lead"):
+                found[found.index("python") : found.index("python")] = base[2:start]
+        assert found == base, path.name
+
+
 def test_default_values_are_the_same():
     defaults = {path.name: sections(path.read_text())[1] for path in WORKFLOWS}
     for name in set.union(*map(set, defaults.values())):
@@ -451,7 +478,9 @@ def test_the_evaluation_image_holds_all_that_the_evaluator_imports():
     sources = {ROOT / name for words in copied for name in words}
     missing = {module for module in wanted if not {module, *module.parents} & sources}
     assert not missing
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert rules[0] == "*", "all that is not named below stays out of the build context"
+    allowed = {line[1:] for line in rules if line.startswith("!")}
     assert {str(source.relative_to(ROOT)) for source in sources} <= allowed
 
 
@@ -459,7 +488,8 @@ def test_the_images_are_pinned():
     for name in ("Dockerfile", "Dockerfile.eval"):
         text = (OSMO / name).read_text()
         assert re.search(r"^ARG BASE_IMAGE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", text, re.MULTILINE), name
-        assert "USER 10001:10001" in text and "--no-cache-dir" in text
+        assert "USER 10001:10001" in text and "pip install" not in text
+    assert "pip install --no-cache-dir" in (OSMO / "install-requirements.sh").read_text()
     assert re.search(r"^ARG AZCOPY_SHA256=[0-9a-f]{64}$", (OSMO / "Dockerfile").read_text(), re.MULTILINE)
     assert all(script.stat().st_mode & 0o111 for script in OSMO.glob("*.sh")), "entrypoints are executable"
 
