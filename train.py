@@ -706,10 +706,13 @@ def to_model(
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed by instructions of its own, not emulated. CPUs: AVX-512 BF16, AMX."""
+    """Whether bfloat16 is computed by instructions of its own, not emulated. CPUs: AVX-512 BF16, AMX.
+
+    Of a CPU, torch up to 2.10 does not say: False then.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
