@@ -46,7 +46,7 @@ lint: .venv/installed-all
 .venv/installed-trainer: constraints.txt pyproject.toml | $(filter .uv/bin/uv,$(UV))
 	@echo "== installing the trainer into .venv (about a minute; 5 GB, most of it torch's CUDA libraries)"
 	@test -x $(PY) || $(UV) venv --quiet .venv
-	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --extra plots pyarrow
+	@$(UV) pip install --quiet --python $(PY) -c constraints.txt -r pyproject.toml --extra plots pyarrow av
 	@$(UV) pip install --quiet --python $(PY) --no-deps -e .
 	@touch $@
 

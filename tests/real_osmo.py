@@ -30,6 +30,9 @@ from tests.osmo_spec import place, submit
 OSMO = Path(__file__).resolve().parent.parent / "osmo"
 STORAGE = "storage_url=azure://account/container/prefix"
 VARIANTS = {
+    "osmo-workflow.yaml": (
+        ["steps=10", "memory=64Gi", "platform=p", "overrides=training.lr=5e-5 conventions.image_resize=[240,320]"],
+    ),
     "osmo-workflow-ddp.yaml": (["n_nodes=1"], ["n_nodes=2"], ["n_nodes=8"]),
     "osmo-workflow-sweep.yaml": (["wandb=true"], ["lrs=2e-5 4e-5", "kl_weights=10"]),
     "osmo-workflow-blob.yaml": (["blob_credential=", "storage_account=account"],),

@@ -602,6 +602,14 @@ def test_without_matplotlib_all_but_the_pictures_is_there(trained, sample_bags, 
     assert "matplotlib is not installed" in capsys.readouterr().out
 
 
+def test_a_dataset_without_its_decoder_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    """The trainer's environment has no av: evaluating on bags needs none."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "ur10e_deploy.lerobot_dataset", raising=False)
+    line = refused(capsys, evaluate, trained, tmp_path / "out", dataset=tmp_path)
+    assert "av is not installed; `uv pip install av`" in line
+
+
 def test_verdicts_in_words(evaluated: Path):
     """Neither of the two words may be lost in a good mood."""
     summary = summary_of(evaluated)

@@ -227,8 +227,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def open_dataset(root: Path) -> EpisodeSource:
-    from .lerobot_dataset import LeRobotDatasetSource  # needs av, which bags do not
-
+    try:
+        from .lerobot_dataset import LeRobotDatasetSource
+    except ModuleNotFoundError as error:  # av, which bags do not need
+        raise SourceError(f"--dataset {root}: {error.name} is not installed; `uv pip install {error.name}`") from error
     return LeRobotDatasetSource(root)
 
 
