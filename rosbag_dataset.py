@@ -722,11 +722,12 @@ def build_entry(
             except BlockingIOError:
                 print(f"waiting for another process that is caching {bag.name}", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            fault = entry_fault(entry, list(settings.camera_topics))
-            if not fault:
+            try:
+                load_entry(entry, list(settings.camera_topics))
                 return
-            if entry.exists():
-                print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
+            except EntryError as fault:
+                if entry.exists():
+                    print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
             building = cache_dir / f".{key}.{os.getpid()}"
             try:
                 building.mkdir()
@@ -797,29 +798,32 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def entry_fault(entry: Path, cameras: Sequence[str]) -> str:
-    """What is missing from a cache entry or cut short, "" if nothing is. Looks at sizes and headers, not at pixels."""
-    try:
-        recording = load_entry(entry, cameras)
-        for camera, (height, width) in recording.image_shape.items():
-            file, expected = entry / _pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
-            if (size := file.stat().st_size) < expected:
-                return f"{file}: {size} bytes, expected {expected}"
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-        return f"{entry}: {' '.join(str(error).split()) or type(error).__name__}"
-    return ""
+class EntryError(Exception):
+    """A cache entry that is not there, or not whole: what is missing or cut short."""
 
 
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
-    """Read a cache entry's times and joints (pixels stay on disk)."""
-    meta = json.loads((entry / "meta.json").read_text())
-    return Recording(
-        np.load(entry / "joint_time_ns.npy"),
-        np.load(entry / "joint_rad.npy"),
-        {camera: np.load(entry / f"{camera}.time_ns.npy") for camera in cameras},
-        {camera: tuple(meta["image_shape"][camera]) for camera in cameras},
-        {camera: tuple(meta["source_shape"][camera]) for camera in cameras},
-    )
+    """Read a cache entry's times and joints (pixels stay on disk).
+
+    Raises:
+        EntryError: it is not whole. Of pixels the size alone is looked at.
+    """
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        recording = Recording(
+            np.load(entry / "joint_time_ns.npy"),
+            np.load(entry / "joint_rad.npy"),
+            {camera: np.load(entry / f"{camera}.time_ns.npy") for camera in cameras},
+            {camera: tuple(meta["image_shape"][camera]) for camera in cameras},
+            {camera: tuple(meta["source_shape"][camera]) for camera in cameras},
+        )
+        for camera, (height, width) in recording.image_shape.items():
+            file, expected = entry / _pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
+            if (size := file.stat().st_size) < expected:
+                raise EntryError(f"{file}: {size} bytes, expected {expected}")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise EntryError(f"{entry}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return recording
 
 
 # -- synchronisation ----------------------------------------------------------------------------------------------
@@ -1040,20 +1044,27 @@ def load_episodes(
             keys[bag.name] = cache_key(bag, contents[bag.name], settings)
         except BagError as error:
             failed[bag.name] = error
-    cameras = list(settings.camera_topics)
-    todo = [bag for bag in bags if bag.name in keys and entry_fault(settings.cache_dir / keys[bag.name], cameras)]
+    todo = [
+        bag for bag in bags if bag.name in keys and not (settings.cache_dir / keys[bag.name] / "meta.json").exists()
+    ]
     if not (failed and stop_early):
         failed |= {b.name: e for b, e in _build_entries(todo, keys, settings, workers, progress, stop_early)}
     if failed and stop_early:  # bags before this one may have been left undone
         raise next(iter(failed.values()))
 
     episodes: list[Episode] = []
+    cameras = list(settings.camera_topics)
     for bag in bags:
         try:
             if bag.name in failed:
                 raise failed[bag.name]
             entry = settings.cache_dir / keys[bag.name]
-            episode = synchronise(bag.name, load_entry(entry, cameras), settings)
+            try:
+                recording = load_entry(entry, cameras)
+            except EntryError:
+                build_entry(bag, keys[bag.name], settings)
+                recording = load_entry(entry, cameras)
+            episode = synchronise(bag.name, recording, settings)
             if episodes:
                 _check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
         except BagError as error:

@@ -240,8 +240,10 @@ class BagSource:
         bag, settings = self._bag(index), self._settings
         with self._bag_errors(str(self._dir)):
             key = rosbag_dataset.cache_key(bag, bag.identity(), settings)
-            entry = settings.cache_dir / key
-            if rosbag_dataset.entry_fault(entry, list(settings.camera_topics)):
+            entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
+            try:
+                recording = rosbag_dataset.load_entry(entry, cameras)
+            except rosbag_dataset.EntryError:
                 rosbag_dataset.clean_cache(settings.cache_dir)
                 total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
                 with tqdm(
@@ -249,7 +251,7 @@ class BagSource:
                     disable=not self._progress,
                 ) as bar:  # fmt: skip
                     rosbag_dataset.build_entry(bag, key, settings, lambda images, size: bar.update(images))
-            recording = rosbag_dataset.load_entry(entry, list(settings.camera_topics))
+                recording = rosbag_dataset.load_entry(entry, cameras)
             episode = rosbag_dataset.synchronise(bag.name, recording, settings)
         first = next(iter(self._loaded.values()), episode)
         if episode.image_shape != first.image_shape:
