@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,25 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """All tasks, in order."""
     return [task for group in groups(spec) for task in group["tasks"]]
+
+
+# -- what users are told to type ----------------------------------------------------------------------------------
+
+OSMO = Path(__file__).resolve().parent.parent / "osmo"
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command in the guide's shell blocks, as words; a line that ends in a backslash goes on."""
+    blocks = re.findall(r"```bash\n(.*?)```", (OSMO / "README.md").read_text(), re.DOTALL)  # fences may be indented
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def osmo_commands() -> list[list[str]]:
+    """Those of them that call `osmo`, and those at the workflows' heads."""
+    texts = [path.read_text().replace("\\\n#", " ") for path in sorted(OSMO.glob("osmo-workflow*.yaml"))]
+    heads = [line[1:] for text in texts for line in text.splitlines() if line.startswith("#   osmo ")]
+    return [words for words in readme_commands() if words[0] == "osmo"] + [shlex.split(line) for line in heads]
 
 
 # -- what is accepted ---------------------------------------------------------------------------------------------

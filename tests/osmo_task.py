@@ -20,9 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rosbag_dataset import load_episodes, open_pixels
 from tests.azurite import NODE_BIN
+from tests.bags import settings
+from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
 from tests.tiny import ROOT, TINY
 
 WORKFLOWS = ROOT / "osmo"
@@ -89,7 +93,7 @@ class TaskBox:
         shm_mib: int | None = 512,
         **environment: str,
     ) -> None:
-        self.folder, self.task, self._network, self._shm_mib = folder, task, network, shm_mib
+        self.folder, self.task, self._network = folder, task, network
         self._processes: list[subprocess.Popen] = []
         for name in ("workspace", "osmo/data/input", "osmo/data/output", "data", "output"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -210,3 +214,26 @@ def upload(folder: Path, target: Path) -> None:
             if not any(part.startswith(".") for part in relative.parts):
                 (target / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(Path(root, name), target / relative)
+
+
+def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: int) -> Path:
+    """The first frames of some recorded episodes as a LeRobot v3 dataset, by real LeRobot 0.4.4, in a folder below the
+    one returned: as `osmo dataset upload` keeps it."""
+    recorded, _ = load_episodes(settings(bags, folder / "cache"), workers=1, progress=False)
+    arrays: dict[str, np.ndarray] = {}
+    for number, episode in enumerate(recorded[:episodes]):
+        kept = np.flatnonzero(episode.action_stop > np.arange(len(episode.time_ns)))[:frames]
+        arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[kept], episode.action[kept]
+        arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][kept]]
+    np.savez(folder / "episodes.npz", **arrays)
+    target = folder / "datasets" / "my-lerobot-dataset"
+    script = ROOT / "tests/lerobot_044/osmo_dataset.py"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [LEROBOT_PYTHON, script, folder / "episodes.npz", target], env=environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for path in target.rglob("*"):  # OSMO downloads files that every user may read; LeRobot's videos are not such
+        path.chmod(path.stat().st_mode | 0o444)
+    return target.parent

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -25,9 +24,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.osmo_spec import place, submit
+from tests.osmo_spec import OSMO, osmo_commands, place, readme_commands, submit, tasks
 
-OSMO = Path(__file__).resolve().parent.parent / "osmo"
 STORAGE = "storage_url=azure://account/container/prefix"
 VARIANTS = {
     "osmo-workflow.yaml": (
@@ -62,7 +60,7 @@ def accepted(path: Path, assignments: list[str]) -> str:
         ours = submit(path, *assignments)
         if ours != rendered:
             return "our own model renders it otherwise"
-        for task in all_tasks(rendered["workflow"]):
+        for task in tasks(rendered):
             for source in task.get("inputs", []):
                 if "dataset" in source:  # as the CLI leaves it after the upload
                     source["dataset"].pop("localpath", None)
@@ -83,18 +81,6 @@ def accepted(path: Path, assignments: list[str]) -> str:
     except Exception as error:  # noqa: BLE001 - whatever it is, OSMO does not take it
         return " ".join(str(error).split())[:200] or type(error).__name__
     return ""
-
-
-def all_tasks(workflow: dict) -> list[dict]:
-    return workflow.get("tasks", []) + [task for group in workflow.get("groups", []) for task in group["tasks"]]
-
-
-def commands() -> list[list[str]]:
-    """Every `osmo` command of the guide and of the workflows' first lines, and where the guide makes folders."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", (OSMO / "README.md").read_text(), re.DOTALL))
-    text += "\n".join(path.read_text().replace("\n#  ", "\n ") for path in OSMO.glob("osmo-workflow*.yaml"))
-    text = re.sub(r"\\\n#?", " ", text)
-    return [shlex.split(line, comments=True) for line in text.splitlines() if re.match(r" *(osmo|mkdir) ", line)]
 
 
 def main() -> int:
@@ -123,10 +109,11 @@ def main() -> int:
     parser, parsed = create_cli_parser(), 0
     with tempfile.TemporaryDirectory() as folder:  # the guide makes the folders that it downloads to
         os.chdir(folder)
-        for words in commands():
+        for words in readme_commands():
             if words[0] == "mkdir":
                 os.makedirs(words[-1], exist_ok=True)
-            elif not (words[1] == "dataset" and without_datasets):
+        for words in osmo_commands():
+            if not (words[1] == "dataset" and without_datasets):
                 try:
                     parser.parse_args(words[1:])
                     parsed += 1

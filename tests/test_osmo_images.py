@@ -18,16 +18,12 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
 from lerobot_checkpoint import list_checkpoints, verify_checkpoint
-from rosbag_dataset import load_episodes, open_pixels
-from tests.bags import settings
-from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
 from tests.osmo_spec import place, submit
-from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny, write_evaluation_dataset
 from tests.tiny import ROOT
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("images")]  # one worker builds them
@@ -225,7 +221,8 @@ def test_the_evaluation_image_evaluates(store: Store, trained: Path, sample_bags
     """The chain's second task in its image: through its entrypoint, by LeRobot 0.3.2, without a network or root."""
     printed = store.build("Dockerfile.eval", "localhost/eval:ci")
     assert "Uninstalling torch" not in printed
-    dataset = write_dataset(sample_bags, pods / "dataset")
+    (pods / "dataset").mkdir()
+    dataset = write_evaluation_dataset(sample_bags, pods / "dataset", episodes=2, frames=12)
     output = pods / "results"
     output.mkdir()
     output.chmod(0o777)
@@ -238,23 +235,3 @@ def test_the_evaluation_image_evaluates(store: Store, trained: Path, sample_bags
     assert (output / "summary.json").stat().st_uid == 10001
     code, printed = store.run("localhost/eval:ci", None, {})  # the image's own entrypoint, without arguments
     assert code == 1 and "error: eval-entrypoint: expected --checkpoint=DIR" in printed, printed
-
-
-def write_dataset(bags: Path, folder: Path) -> Path:
-    """Two sample episodes as a LeRobot v3 dataset, below a folder as OSMO gives it."""
-    folder.mkdir()
-    episodes, _ = load_episodes(settings(bags, folder / "cache"), workers=1, progress=False)
-    arrays = {}
-    for number, episode in enumerate(episodes[:2]):
-        frames = np.flatnonzero(episode.action_stop > np.arange(len(episode.time_ns)))[:12]
-        arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[frames], episode.action[frames]
-        arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][frames]]
-    np.savez(folder / "episodes.npz", **arrays)
-    target = folder / "ur10e-eval-dataset" / "my-lerobot-dataset"
-    target.parent.mkdir()
-    script = ROOT / "tests/lerobot_044/osmo_dataset.py"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    subprocess.run([LEROBOT_PYTHON, script, folder / "episodes.npz", target], env=environment, check=True, timeout=240)
-    for path in target.rglob("*"):  # OSMO downloads files that every user may read; LeRobot's videos are not such
-        path.chmod(path.stat().st_mode | 0o444)
-    return target.parent

@@ -10,21 +10,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from lerobot_checkpoint import list_checkpoints, load_policy, verify_checkpoint
-from rosbag_dataset import load_episodes, open_pixels
-from tests.bags import settings
-from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
 from tests.once import once
 from tests.osmo_spec import place, submit
-from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload
+from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload, write_evaluation_dataset
 from tests.tiny import metrics
 
 STORAGE = "storage_url=azure://account/container/prefix"
@@ -237,18 +232,7 @@ def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFacto
     """Three of the sample episodes as a LeRobot v3 dataset, in a folder as `osmo dataset upload` keeps it."""
 
     def make(folder: Path) -> None:
-        episodes, _ = load_episodes(settings(sample_bags, folder / "cache"), workers=1, progress=False)
-        arrays: dict[str, np.ndarray] = {}
-        for number, episode in enumerate(episodes[:3]):
-            frames = np.flatnonzero(episode.action_stop > np.arange(len(episode.time_ns)))[:20]
-            arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[frames], episode.action[frames]
-            arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][frames]]
-        np.savez(folder / "episodes.npz", **arrays)
-        script = Path(__file__).parent / "lerobot_044" / "osmo_dataset.py"
-        command = [LEROBOT_PYTHON, script, folder / "episodes.npz", folder / "datasets" / "my-lerobot-dataset"]
-        clean = {**os.environ, "PYTHONPATH": ""}
-        done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+        write_evaluation_dataset(sample_bags, folder, episodes=3, frames=20)
 
     return once(tmp_path_factory, "osmo-evaluation", make) / "datasets"
 

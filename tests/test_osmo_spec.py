@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,18 @@ import yaml
 from ur10e_deploy import offline_eval
 
 import train
-from tests.osmo_spec import VERSIONS, SpecError, check, place, render, sections, submit, tasks
+from tests.osmo_spec import (
+    VERSIONS,
+    SpecError,
+    check,
+    osmo_commands,
+    place,
+    readme_commands,
+    render,
+    sections,
+    submit,
+    tasks,
+)  # fmt: skip
 from tests.tiny import ROOT
 
 OSMO = ROOT / "osmo"
@@ -516,17 +526,6 @@ CLI = {
 }  # fmt: skip
 
 
-def readme_commands() -> list[list[str]]:
-    """Every command in the README's shell blocks, as words; a line that ends in a backslash goes on."""
-    text = (OSMO / "README.md").read_text()
-    commands = []
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):  # fences may be indented, in lists
-        for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                commands.append(words)
-    return commands
-
-
 def test_the_readme_makes_folders_before_it_downloads_to_them():
     """OSMO's CLI refuses a destination that is not there."""
     made: set[str] = set()
@@ -550,12 +549,6 @@ def test_the_readme_evaluates_as_the_evaluator_documents():
     assert outputs and any("sweep" in name for name in downloads)
     (compared,) = [w for w in readme_commands() if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
     assert compared[3:] == outputs
-
-
-def osmo_commands() -> list[list[str]]:
-    comments = [line[1:] for path in WORKFLOWS for line in path.read_text().replace("\\\n#", " ").splitlines()
-                if line.startswith("#   osmo ")]  # fmt: skip
-    return [w for w in readme_commands() if w[0] == "osmo"] + [shlex.split(line) for line in comments]
 
 
 def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
