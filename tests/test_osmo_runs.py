@@ -118,6 +118,16 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
     assert os.readlink(second.run_dir / "best") == os.readlink(finished / RUN_DIR / "best")
 
 
+def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Path, tmp_path: Path):
+    """SIGTERM while Python still imports, so that train.py cannot heed it yet: 75 all the same."""
+    box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: nothing})
+    process = box.start()
+    box.wait_for("starting at step 0")
+    process.send_signal(signal.SIGTERM)
+    assert box.wait(process) == 75, box.log()
+    assert not list_checkpoints(box.run_dir) and not any(box.delivered.iterdir())
+
+
 def test_a_restart_in_place_goes_on_from_its_own_checkpoints(
     finished: Path, sample_bags: Path, nothing: Path, tmp_path: Path
 ):
@@ -189,6 +199,18 @@ def test_loader_processes_only_with_shared_memory(shm_mib: int, workers: int, sa
     config = json.loads((box.run_dir / "last/pretrained_model/train_config.json").read_text())["config"]
     assert config["training"]["num_workers"] == workers
     assert (f"/dev/shm has {shm_mib} MiB" in box.log()) is (workers == 0)
+
+
+def test_each_gpu_needs_shared_memory_of_its_own(sample_bags: Path, tmp_path: Path):
+    """What is enough for one process's loaders is not for two."""
+    both = task("osmo-workflow-ddp.yaml", "n_nodes=1", "gpus_per_node=2", name="node-0")
+    both["args"].remove("--override=training.num_workers=0")
+    box = TaskBox(tmp_path, both, {0: sample_bags}, shm_mib=400)
+    box.start()
+    try:
+        box.wait_for("/dev/shm has 400 MiB for 2 GPUs: batches are loaded in the training process")
+    finally:
+        box.lose()
 
 
 def test_two_arms_of_the_sweep(sample_bags: Path, nothing: Path, tmp_path: Path):
