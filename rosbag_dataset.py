@@ -1174,6 +1174,7 @@ def _build_entries(
                     if error is not None:
                         failed.append((bag_of[future], error))
                 if failed and stop_early:
+                    pool.shutdown(cancel_futures=True)
                     break
         except BrokenProcessPool:
             raise BagError(
@@ -1181,12 +1182,12 @@ def _build_entries(
                 "free some and start again (the bags that were finished stay cached)"
             ) from None
         except BaseException:  # asked to stop: do not wait for bags that are half decoded, their entries are discarded
-            for process in list(pool._processes.values()):
+            # The pool then fails every future that is left. Up to Python 3.11 its thread dies with a traceback on one
+            # that was cancelled: nothing here may cancel them, so that a stop stays one line.
+            for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
         finally:
-            for future in pending:
-                future.cancel()
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             cv2.setNumThreads(opencv_threads)
     return failed

@@ -246,18 +246,32 @@ def test_a_second_signal_ends_at_once(sample_bags: Path, tmp_path: Path):
 
 
 def test_a_signal_while_bags_are_decoded_exits_75_at_once(sample_bags: Path, tmp_path: Path):
-    """Nothing to save yet: no waiting for the conversion; finished entries stay, half-made ones do not."""
-    process = start(sample_bags, tmp_path, data__cache_dir=tmp_path / "cache", conventions__image_resize="[2000, 3000]")
+    """Nothing to save yet: no waiting for the conversion; finished entries stay, half-made ones do not.
+
+    There are more bags than the decoding processes take at once: some are decoded, some being decoded, some queued,
+    some not even that. And the processes are slow to die, as on a busy disk: here because they are frozen meanwhile.
+    """
+    for i in range(2):
+        shutil.copytree(sample_bags, tmp_path / "bags" / str(i))
+    cache = tmp_path / "cache"
+    slow = {"data__cache_dir": cache, "conventions__image_resize": "[240, 320]"}
+    process = start(tmp_path / "bags", tmp_path, **slow)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "cache").exists() and time.monotonic() < deadline:
+    while len(finished := list(cache.glob("[!.]*/meta.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    subprocess.run(["kill", "-STOP", *children], check=True)
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    subprocess.run(["kill", "-CONT", *children], check=False)  # where the signal ended them at once, they are gone
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75, stderr
     assert "before the first step" in stderr and "Traceback" not in stderr
     assert json.loads((tmp_path / "run/stopped.json").read_text())["exit_code"] == 75
-    run(sample_bags, tmp_path, "--resume", training__steps=1, data__cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob(".*")), "leftovers of the killed conversion"
+    assert all(path.exists() for path in finished)
+    run(sample_bags, tmp_path, "--resume", training__steps=1, data__cache_dir=cache)
+    assert not list(cache.glob(".*")), "leftovers of the killed conversion"
 
 
 # -- sick numbers, full disks, killed workers
