@@ -400,6 +400,11 @@ class CheckpointSaver:
         if error is not None:
             raise error
 
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the save under way, but not for ever, whatever becomes of it; from any thread."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout_s)
+
     def wait(self) -> None:
         """Wait for the save under way, then check()."""
         if self._thread is not None:

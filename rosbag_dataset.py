@@ -729,6 +729,9 @@ def build_entry(
                 if entry.exists():
                     print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
             building = cache_dir / f".{key}.{os.getpid()}"
+            shutil.rmtree(
+                building, ignore_errors=True
+            )  # of a killed process that had this id, as is usual in containers
             try:
                 building.mkdir()
                 _write_entry(bag, building, settings, on_message)
@@ -1097,6 +1100,42 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _counters: Any = None  # (images, bytes) shared with the decoding processes
 
 
+@contextlib.contextmanager
+def hold_signals() -> Iterator[Callable[[], None]]:
+    """Hold back SIGINT and SIGTERM; -> a function that lets those that have come be answered, at a place fit for it.
+
+    A handler that raises in the middle of concurrent.futures leaves locks taken that its threads then wait for, for
+    ever; in the middle of a fork it raises in the child. A signal mask is not enough: the main thread answers also
+    what another thread has received. (Outside the main thread there is nothing to hold: handlers do not run there.)
+    """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def hold() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                previous[number] = signal.signal(number, lambda number, frame: received.append(number))
+
+    def release() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    def answer() -> None:
+        if received:
+            release()
+            while received:
+                signal.raise_signal(received.pop(0))
+            hold()
+
+    hold()
+    try:
+        yield answer
+    finally:
+        release()
+        while received:
+            signal.raise_signal(received.pop(0))
+
+
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
@@ -1155,39 +1194,37 @@ def _build_entries(
     # One bag per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
     # child that touches it (even to switch it off) waits for threads that are not there.
     cv2.setNumThreads(1)
-    # A signal that arrives while processes are being forked would raise in the middle of it, or in the child.
-    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    with bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
+    with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
         pending: set[Future] = set()
+        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
         try:
             bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
             pending = set(bag_of)
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-            while pending:
+            while pending and not (failed and stop_early):
                 done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
-                bar.n = counters[0]
-                rate = bar.format_dict["rate"] or (counters[0] / max(1e-9, bar.format_dict["elapsed"]))
-                megabytes = counters[1] / 1e6
-                bar.set_postfix_str(f"{rate * megabytes / max(1, counters[0]):.0f} MB/s, {megabytes:.0f} MB")
+                answer()
+                images, size = counters.get_obj()  # without the lock: a process that was killed may have had it
+                bar.n = images
+                rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
+                bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
                 for future in done:
                     error = future.result()
                     if error is not None:
                         failed.append((bag_of[future], error))
-                if failed and stop_early:
-                    pool.shutdown(cancel_futures=True)
-                    break
         except BrokenProcessPool:
             raise BagError(
                 "data.bag_dir: a process that decodes bags was killed, most likely for want of memory; "
                 "free some and start again (the bags that were finished stay cached)"
             ) from None
-        except BaseException:  # asked to stop: do not wait for bags that are half decoded, their entries are discarded
-            # The pool then fails every future that is left. Up to Python 3.11 its thread dies with a traceback on one
-            # that was cancelled: nothing here may cancel them, so that a stop stays one line.
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
         finally:
+            if (
+                pending
+            ):  # asked to stop, or a bag is bad: do not wait for those half decoded, their entries are discarded
+                # The pool fails the futures that are left. Up to Python 3.11 its thread dies with a traceback on one
+                # that was cancelled: nothing here may cancel them, so that a stop stays one line.
+                for process in list(pool._processes.values()):
+                    process.terminate()
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             cv2.setNumThreads(opencv_threads)
     return failed

@@ -6,6 +6,7 @@ policy predicts at each recorded frame against the action that was recorded, per
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,9 +45,18 @@ def baselines(episode: Episode, frames: np.ndarray, action_mean: np.ndarray, act
     return {"no motion": still, "mean action": np.broadcast_to(action_mean, still.shape)}
 
 
+def metrics_lines(path: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds, but for a line that was cut short by a kill or a full disk."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """-> (training lines, validation lines) of metrics.jsonl."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = metrics_lines(path)
     return [line for line in lines if "loss" in line], [line for line in lines if "val_l1_loss" in line]
 
 

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -426,6 +427,7 @@ class World:
         self.is_main = self.rank == 0
         self.device = torch.device("cpu")
         self._store = self._connect(serve=self.is_main) if "RANK" in os.environ else None
+        self.before_death: Callable[[], object] = lambda: None  # what must not be cut off when another rank fails
         self._finished = threading.Event()
         if self._store is not None:
             threading.Thread(target=self._watch, name="watch-failures", daemon=True).start()
@@ -500,8 +502,16 @@ class World:
         else:
             print(f"rank {self.rank}: waiting while rank 0 of this node is {what}", flush=True)
         while not self._store.check([f"{what}-{node}" for node in range(self.nodes)]):
+            if self._store.check(["stopped"]):
+                raise Stopped("another rank before the first step; start again with the same command")
             time.sleep(0.2)
         return result if self.local_rank == 0 else work()
+
+    def tell_stopped(self) -> None:
+        """For the ranks that wait, here or on other nodes, for what this one will not do now."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone with the node that held it
+                self._store.set("stopped", str(self.rank))
 
     def first_to_fail(self) -> bool:
         """Claim the right to print the run's one error line; also tells the other ranks to end."""
@@ -527,6 +537,7 @@ class World:
         except RuntimeError:
             pass  # the node that held the store is gone
         if not self._finished.is_set():
+            self.before_death()
             os._exit(1)
 
     def close(self) -> None:
@@ -899,12 +910,12 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
     lock_output(output_dir)
     (output_dir / STOP_MARKER).unlink(missing_ok=True)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun runs the same command again
+    for leftover in lerobot_checkpoint.clean_leftovers(output_dir):
+        print(f"removed {leftover}, left by a save that was cut short")
     if overwrite and not restarted:
         for path in [*lerobot_checkpoint.list_checkpoints(output_dir), *(output_dir / name for name in RUN_FILES)]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return None
-    for leftover in lerobot_checkpoint.clean_leftovers(output_dir):
-        print(f"removed {leftover}, left by a save that was cut short")
     if resume == "auto" or restarted:
         newest = lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=lambda line: print(f"passed over {line}"))
         if newest is not None or resume in ("auto", "never"):
@@ -1053,6 +1064,7 @@ class Trainer:
         if world.is_main:
             cut_metrics(self.output_dir / "metrics.jsonl", self.step)
         self.saver = CheckpointSaver()
+        world.before_death = lambda: self.saver.settle(timeout_s=20)  # torchrun ends what is left after 30 s
 
     # Data.
 
@@ -1347,13 +1359,13 @@ class Trainer:
     def _append(self, line: dict[str, Any]) -> None:
         if not self.world.is_main:
             return
+        path = self.output_dir / "metrics.jsonl"
         try:
-            with (self.output_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(path, json.dumps(line))
         except OSError as error:
             if self.cfg.training.on_save_error == "stop":
                 raise
-            print(f"warning: {file.name}: {error.strerror}; step {line['step']} is not in it", file=sys.stderr)
+            print(f"warning: {path}: {error.strerror}; step {line['step']} is not in it", file=sys.stderr)
         self.run.log(line)
 
     def _validate(self) -> bool:
@@ -1461,19 +1473,31 @@ class Trainer:
         )
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, whole or, on a disk that is full, not at all.
+
+    Raises:
+        OSError: it is not there; with the file's name.
+    """
+    content = f"{line}\n".encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) < len(content):  # as much as there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, which the resumed run writes again, and a line cut short by a kill; atomic."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
+    kept = [line for line in run_summary.metrics_lines(path) if line["step"] <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(partial, path)
 
 
@@ -1495,6 +1519,15 @@ def report(world: World | None, line: str) -> None:
     if world is None or world.first_to_fail():
         above = "\n" if world is not None and world.size > 1 else ""  # rank 0's progress bar may stand in this line
         print(f"{above}error: {line}", file=sys.stderr, flush=True)
+
+
+def collective_fault(text: str) -> str:
+    """What to say of a collective that failed with `text` (torch's NCCLUtils.cpp and gloo's exceptions): mostly the
+    other end is gone, but some of NCCL's faults are at home, and the same start would fail again."""
+    words = " ".join(text.split())
+    if re.search("ncclInvalid|ncclInternal|ncclUnhandledCuda|shared memory segment|No space left", text):
+        return f"NCCL fails on this machine (... {words[-200:]}); NCCL_DEBUG=WARN says more"
+    return f"another rank is gone (killed, or its node was lost); continue with --resume ({words[:150]})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1523,6 +1556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception:
             if early := stop.early():  # raised in the middle of C code, Stopped can come out as another exception
                 raise early from None
+            stop.saves = True  # a signal from here on must not raise in the middle of saying what is wrong
             raise
     except Stopped as stopped:
         if world is None or world.is_main:
@@ -1532,6 +1566,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with contextlib.suppress(OSError):
                     Path(cfg.training.output_dir).mkdir(parents=True, exist_ok=True)
                     (Path(cfg.training.output_dir) / STOP_MARKER).write_text(json.dumps(marker) + "\n")
+        if (
+            stop.saves
+        ):  # all ranks stop together, and leave together: torchrun ends those that are left once one has gone
+            with contextlib.suppress(RuntimeError):
+                world.barrier()
+        elif world is not None:
+            world.tell_stopped()
         return EXIT_STOPPED
     except (ConfigError, BagError, CheckpointError, TrainingError, torch.OutOfMemoryError) as error:
         line = str(error)
@@ -1555,10 +1596,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = f"training.compile: true: torch.compile failed ({reason}); set training.compile to false"
         elif world is not None and world.size > 1 and re.search("gloo|nccl|connection|peer", reason, re.I):
             time.sleep(2)
-            line = (
-                f"rank {world.rank}: another rank is gone (killed, or its node was lost); continue with --resume "
-                f"({reason})"
-            )
+            line = f"rank {world.rank}: {collective_fault(str(error))}"
         else:
             raise
         report(world, line)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import train
-from lerobot_checkpoint import load_policy, load_training_state
+from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoint
+from tests.azurite import free_port
 from tests.test_resume import assert_same_run, wait_for_step
 from tests.tiny import ROOT, arguments, metrics, run, run_process, torchrun
 
@@ -173,6 +174,61 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(sample_bags: Path, tmp_
     assert load_training_state(tmp_path / "run/last")["step"] == 2
 
 
+UNEVEN = """
+import os, sys, time, lerobot_checkpoint, train
+original, move, calls = train.loss_terms, lerobot_checkpoint.move_into_place, []
+def fails(*args):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        time.sleep(1)  # rank 0 has then begun to save
+        raise train.TrainingError("rank 1 cannot go on")
+    return original(*args)
+train.loss_terms = fails
+lerobot_checkpoint.move_into_place = lambda *paths: (time.sleep(3), move(*paths))
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_save_under_way_is_finished_when_another_rank_fails(sample_bags: Path, tmp_path: Path):
+    """Rank 1 fails in step 3 while rank 0 still writes the checkpoint of step 2: what was trained is not lost."""
+    (tmp_path / "probe.py").write_text(UNEVEN)
+    settings = {"training__steps": 5000, "training__save_freq": 2, **NO_VALIDATION}
+    done = run_process(
+        sample_bags, tmp_path, launcher=(*torchrun(2), str(tmp_path / "probe.py")), env={"PYTHONPATH": str(ROOT)},
+        **settings,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert our_errors(done.stderr) == ["error: rank 1 cannot go on"]
+    verify_checkpoint(tmp_path / "run/checkpoint_000002")
+
+
+SLOW_TO_FINISH = """
+import sys, time, train
+class Run(train._NoWandb):
+    def finish(self, exit_code=None):
+        time.sleep(3)
+train._init_wandb = lambda cfg, output_dir, is_main, run_id: Run() if is_main else train._NoWandb()
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_stop_is_marked_though_rank_0_has_to_close_its_logs(sample_bags: Path, tmp_path: Path):
+    """SIGTERM to the ranks themselves: none leaves before rank 0 has written stopped.json, because torchrun then ends
+    the others."""
+    (tmp_path / "probe.py").write_text(SLOW_TO_FINISH)
+    command = [*torchrun(2), str(tmp_path / "probe.py"), "train.py"]
+    process = subprocess.Popen(
+        [*command, *arguments(sample_bags, tmp_path, training__steps=5000, training__log_freq=1)], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 2, process)
+    for rank in ranks_of(process):
+        os.kill(rank, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stderr.count("stopped by SIGTERM at step") == 1, stderr
+    assert json.loads((tmp_path / "run/stopped.json").read_text())["exit_code"] == 75
+
+
 def our_errors(stderr: str) -> list[str]:
     return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
 
@@ -210,27 +266,88 @@ def test_a_rank_that_disappears_takes_the_other_down_with_one_line(sample_bags: 
     assert "Connection closed" not in stderr.split("torch.distributed.elastic")[0] or our_errors(stderr)
 
 
+def start_two_nodes(bags: Path, folder: Path, script: Path = ROOT / "train.py", **overrides) -> list[subprocess.Popen]:
+    """--nnodes=2, two torchruns on loopback, separate output and cache directories."""
+    port, nodes = free_port(), []
+    for rank in range(2):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+            "--master_addr=127.0.0.1", f"--master_port={port}", str(script),
+        ]  # fmt: skip
+        own = folder / f"node{rank}"
+        command += arguments(bags, own, ("--resume",), data__cache_dir=own / "cache", **overrides)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        nodes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return nodes
+
+
 def test_two_nodes_without_a_shared_disk(sample_bags: Path, tmp_path: Path):
-    """--nnodes=2, two torchruns on loopback, separate output and cache directories: only rank 0 wrote, and the resumed
-    second half gets its state from rank 0."""
-    port = 20000 + os.getpid() % 20000
+    """Only rank 0 wrote, and the resumed second half gets its state from rank 0."""
     for steps in (2, 4):
-        nodes = []
-        for rank in range(2):
-            launcher = [
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
-            ]  # fmt: skip
-            folder = tmp_path / f"node{rank}"
-            script = [str(ROOT / "train.py"), *arguments(sample_bags, folder, ("--resume",), training__steps=steps,
-                      data__cache_dir=folder / "cache")]  # fmt: skip
-            nodes.append(
-                subprocess.Popen([*launcher, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+        nodes = start_two_nodes(sample_bags, tmp_path, training__steps=steps)
         results = [node.communicate(timeout=200) for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], results
     assert load_training_state(tmp_path / "node0/run/last")["step"] == 4
     assert not (tmp_path / "node1/run").exists()
     assert (tmp_path / "node1/cache").exists()
     assert load_policy(tmp_path / "node0/run") is not None
-    assert train.EXIT_STOPPED == 75
+
+
+STOPPED_EARLY = """
+import os, signal, sys, train
+original = train.load_episodes
+def load_episodes(*args, **options):
+    if os.environ["GROUP_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **options)
+train.load_episodes = load_episodes
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_node_that_is_stopped_while_it_decodes_stops_the_others(sample_bags: Path, tmp_path: Path):
+    """They would wait for its bags for ever, in no collective that could time out."""
+    (tmp_path / "probe.py").write_text(STOPPED_EARLY)
+    nodes = start_two_nodes(sample_bags, tmp_path, script=tmp_path / "probe.py")
+    results = [node.communicate(timeout=60) for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], results
+    assert "stopped by another rank before the first step" in results[0][1]
+    assert json.loads((tmp_path / "node0/run/stopped.json").read_text())["exit_code"] == train.EXIT_STOPPED == 75
+
+
+FAULTS = {  # texts of torch's NCCLUtils.cpp and ProcessGroupGloo: no NCCL runs here
+    "NCCL error in: NCCL.cpp:3690, remote process exited or there was a network error, NCCL version 2.27.3\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+    "Last error:\nsocketProgressOpt: recv from 10.0.0.2<40000> failed: Connection reset by peer": "another rank",
+    "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456": "another rank is gone",
+    "NCCL error in: NCCL.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.3\n"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000": "NCCL fails on this machine",
+    "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error, NCCL version 2.27.3\nncclSystemError: System call "
+    "(e.g. socket, malloc) or external library call failed or device error.\nLast error:\n"
+    "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)": "NCCL fails on this machine",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, words", FAULTS.items(), ids=["a peer's end", "the same on gloo", "settings", "shm"])
+def test_a_fault_at_home_is_not_blamed_on_another_rank(text: str, words: str):
+    """A lost node is worth another start, a machine on which NCCL cannot work is not; the reason is not cut off."""
+    line = train.collective_fault(text)
+    assert words in line and "\n" not in line and len(line) < 300
+    assert "another rank" in words or text[-30:] in line
+
+
+@pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_the_backend_belongs_to_the_device(device: str, backend: str, monkeypatch):
+    """NCCL between GPUs, each rank with its own. (There is no GPU in CI: torch's part is not called.)"""
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda name, **options: asked.append(name))
+    world = train.World()
+    world._store, world.local_rank = object(), 1
+    world.start(device)
+    assert asked == ([1, backend] if device == "cuda" else [backend])

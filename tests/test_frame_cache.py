@@ -310,6 +310,17 @@ def test_damaged_statistics_are_computed_again(bag_dir):
     )
 
 
+def test_a_killed_process_with_the_same_id_left_half_an_entry(bag_dir):
+    """As the next attempt in a container finds it: half an entry under its own id, beside one that is damaged."""
+    (episode, _), _ = load(settings(bag_dir))
+    cut(episode.entry / "color.rgb")
+    leftover = episode.entry.with_name(f".{episode.entry.name}.{os.getpid()}")
+    leftover.mkdir()
+    (episode, _), _ = load(settings(bag_dir))
+    np.testing.assert_array_equal(rd.open_pixels(episode, "color"), TAKE.images)
+    assert not leftover.exists()
+
+
 def test_two_processes_at_once_decode_once(bag_dir):
     """Both end with all episodes; each bag was decoded by one of them, the other said that it waits."""
     processes = [python(SLOW_LOAD.replace("PAUSE", "0.1"), bag_dir, 1) for _ in range(2)]
@@ -330,10 +341,16 @@ def test_error_in_a_decoding_process(bag_dir):
     assert line.startswith("BagError: b: b.mcap is damaged")
 
 
-def test_killed_decoding_process(bag_dir):
-    """The kernel kills a decoding process for want of memory: one line that says so."""
-    code = LOAD.replace("try:", "import os, signal\nrd.read_bag = lambda *a, **k: os.kill(os.getpid(), 9)\ntry:")
-    process = python(code, bag_dir, 2)
+DEATHS = {
+    "while it reads": "rd.read_bag = lambda *a, **k: os.kill(os.getpid(), 9)",
+    "with the counters' lock": "rd._count = lambda *a: rd._counters.acquire() and os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("death", DEATHS.values(), ids=list(DEATHS))
+def test_killed_decoding_process(bag_dir, death):
+    """The kernel kills a decoding process for want of memory: one line that says so, wherever it was."""
+    process = python(LOAD.replace("try:", f"import os\n{death}\ntry:"), bag_dir, 2)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = stderr.strip().splitlines()

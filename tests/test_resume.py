@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import lerobot_checkpoint
+import run_summary
 import train
 from lerobot_checkpoint import load_policy, load_training_state
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
@@ -274,7 +277,82 @@ def test_a_signal_while_bags_are_decoded_exits_75_at_once(sample_bags: Path, tmp
     assert not list(cache.glob(".*")), "leftovers of the killed conversion"
 
 
+STOPPED_IN_WAIT = """
+import concurrent.futures._base as base, os, signal, sys, train
+def acquire(self):
+    for i, future in enumerate(self.futures):
+        future._condition.acquire()
+        if i == 0 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+sent, base._AcquireFutures.__enter__ = [], acquire
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_a_signal_while_the_pool_holds_its_locks(sample_bags: Path, tmp_path: Path):
+    """It is answered once they are free again: raised in between, the pool's thread would wait for them for ever."""
+    (tmp_path / "probe.py").write_text(STOPPED_IN_WAIT)
+    done = run_process(
+        sample_bags, tmp_path, launcher=(sys.executable, str(tmp_path / "probe.py")), env={"PYTHONPATH": str(ROOT)},
+        data__cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert done.returncode == 75 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("stopped by SIGTERM before the first step") == 1
+
+
+def test_a_signal_after_an_error_does_not_hide_it(tmp_path: Path, monkeypatch, capsys):
+    """torchrun's SIGTERM reaches a rank that is about to say what is wrong: it says it, and exits with 1."""
+    original = train.report
+    monkeypatch.setattr(train, "report", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a))
+    assert train.main(arguments(tmp_path / "nowhere", tmp_path)) == 1
+    assert "error: " in capsys.readouterr().err
+
+
 # -- sick numbers, full disks, killed workers
+
+
+FULL_DISK = """
+import resource, sys, train
+from pathlib import Path
+path = Path(sys.argv[1])
+path.write_text('{"step": 1}\\n')
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))  # as a full disk does: room for a part of the line, then none
+for step in (2, 3):
+    try:
+        train.append_line(path, '{"step": %d, "loss": 0.5}' % step)
+    except OSError as error:
+        print(Path(error.filename).name, error.strerror)
+"""
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_not_there_at_all(tmp_path: Path):
+    """Half a line would be glued to the next one, and break whoever reads metrics.jsonl."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "metrics.jsonl")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 and all(line.startswith("metrics") for line in done.stdout.splitlines())
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_metrics_that_cannot_be_opened_stop_or_go_on_as_asked(sample_bags: Path, tmp_path: Path, capsys, monkeypatch):
+    """on_save_error decides; what is lost is said, and what was torn before does not break the summary."""
+
+    def gone(path: Path, line: str) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(train, "append_line", gone)
+    run(sample_bags, tmp_path, training__on_save_error="continue")
+    assert "metrics.jsonl: Stale file handle; step 2 is not in it" in capsys.readouterr().err
+    assert train.main(arguments(sample_bags, tmp_path / "stop")) == 1
+    assert "metrics.jsonl: Stale file handle; continue with --resume" in capsys.readouterr().err
+
+
+def test_a_torn_line_of_metrics_is_passed_over(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 2, "val_l1_loss": 3.0}\n'
+    )
+    training, validation = run_summary.read_metrics(tmp_path / "metrics.jsonl")
+    assert training == [{"step": 1, "loss": 2.0}] and validation == [{"step": 2, "val_l1_loss": 3.0}]
 
 
 @pytest.mark.parametrize("log_freq", [1, 100])
@@ -381,6 +459,14 @@ def test_old_checkpoints_are_pruned_after_a_good_save(sample_bags: Path, tmp_pat
     output = run(sample_bags, tmp_path, training__save_freq=1, training__keep_checkpoints=2)
     kept = {p.name for p in lerobot_checkpoint.list_checkpoints(output)}
     assert kept == {"checkpoint_000005", "checkpoint_000006", (output / "best").resolve().name}
+
+
+def test_overwrite_clears_what_a_killed_run_was_pruning(sample_bags: Path, tmp_path: Path):
+    """Else the new run, pruning the same checkpoint, could not move it out of the way."""
+    (tmp_path / "run/.tmp-checkpoint_000001-pruned/training_state").mkdir(parents=True)
+    output = run(sample_bags, tmp_path, "--overwrite", training__save_freq=1, training__keep_checkpoints=1)
+    assert "checkpoint_000001" not in {p.name for p in lerobot_checkpoint.list_checkpoints(output)}
+    assert not list(output.glob(".tmp-*"))
 
 
 def test_a_killed_loader_worker_is_one_line_not_a_hang(sample_bags: Path, tmp_path: Path):
