@@ -10,7 +10,7 @@
 # BLOB_TIMEOUT_S bounds the download, BLOB_STALL_S the time without a byte, BLOB_CONNECT_S an answer. A rerun fetches
 # only what is missing.
 #
-# Exit codes: 0 every blob is there, 1 a rerun would fail alike, 75 it may not (network, server, time, a signal).
+# Exit codes: 0 every blob is there, 1 a rerun would fail alike, 75 it may not (network, server, a signal).
 # No secret is ever printed; COMMAND does not get the SAS.
 set -euo pipefail
 
@@ -57,7 +57,10 @@ fi
 command -v azcopy >/dev/null || fail 1 "azcopy is not installed here; use the image of osmo/Dockerfile"
 mkdir -p "$dest" 2>/dev/null || fail 1 "$dest: cannot be made; expected BLOB_DEST_DIR to be a folder to write in"
 
-scratch=$(mktemp -d)
+# The same for each run to this folder, so that what a killed one has left is removed: azcopy's plans and logs.
+scratch=${TMPDIR:-/tmp}/download-blob-$(id -u)-$(cksum <<<"$dest" | tr ' ' -)
+rm -rf "$scratch"
+mkdir -m 700 "$scratch" || fail 1 "$scratch: cannot be made; expected TMPDIR to be a folder to write in"
 pid=''
 clean_up() {
   [[ -z $pid ]] || kill -KILL "$pid" 2>/dev/null || true # on SIGTERM azcopy would ask a question and wait
@@ -132,15 +135,17 @@ if action == "list":
     blobs, marker = {}, ""
     folder = f"{prefix}/" if prefix else ""
     while True:
-        page = get(dict(prefix=folder, marker=marker))
+        page = get(dict(prefix=folder, marker=marker, include="metadata"))
         for blob in page.iter("Blob"):
             name = blob.find("Name")
             text = urllib.parse.unquote(name.text) if name.get("Encoded") == "true" else name.text
-            blobs[text[len(folder) :]] = int(blob.find("Properties/Content-Length").text)
+            # An account with a hierarchical namespace lists its folders too, and azcopy makes no empty ones.
+            is_folder = text.endswith("/") or "true" in (e.text for e in blob.iter() if e.tag.lower() == "hdi_isfolder")
+            if not is_folder:
+                blobs[text[len(folder) :]] = int(blob.find("Properties/Content-Length").text)
         marker = page.findtext("NextMarker") or ""
         if not marker:
             break
-    blobs.pop("", None)
     if not blobs:
         fail(1, "nothing there; check AZURE_BLOB_PREFIX (upper and lower case differ)")
     if not any(name.removesuffix(".zstd").endswith((".db3", ".mcap")) for name in blobs):
@@ -162,8 +167,6 @@ else:
     wrong = []
     for name, size in blobs.items():
         file = os.path.join(dest, name)
-        if os.path.isdir(file):  # an account with a hierarchical namespace lists its folders too
-            continue
         if not os.path.isfile(file):
             wrong.append(name)
         elif os.path.getsize(file) != size:
@@ -218,7 +221,8 @@ while kill -0 "$pid" 2>/dev/null; do
     show_errors
     fail 75 "$where: nothing has arrived for $stall_s s (BLOB_STALL_S); run again to go on"
   fi
-  ((SECONDS < timeout_s)) || fail 75 "$where: not complete after $timeout_s s (BLOB_TIMEOUT_S); run again to go on"
+  ((SECONDS < timeout_s)) || # begun again from nothing, as in a new pod, it would not be complete then either
+    fail 1 "$where: not complete after $timeout_s s; raise blob_timeout_s of the workflow (BLOB_TIMEOUT_S)"
 done
 rc=0
 wait "$pid" || rc=$?

@@ -26,8 +26,8 @@ while (($#)); do
   shift
 done
 [[ -n $checkpoint && -n $dataset && -n $output ]] || die "expected --checkpoint=DIR --dataset=DIR --output=DIR"
-[[ -n ${EVAL_EPISODES:-} ]] || die "EVAL_EPISODES is empty; expected episode numbers, for example \"0 1 2 3\""
-[[ -n ${EVAL_DEVICE:-} ]] || die "EVAL_DEVICE is empty; expected cuda or cpu"
+[[ ${EVAL_EPISODES:-} == *[![:space:]]* ]] || die "EVAL_EPISODES is empty; expected episode numbers, for example \"0 1 2 3\""
+[[ ${EVAL_DEVICE:-} =~ ^(auto|cuda|mps|cpu)$ ]] || die "EVAL_DEVICE: found '${EVAL_DEVICE:-}', expected cuda or cpu"
 read -ra episodes <<<"$EVAL_EPISODES"
 for episode in "${episodes[@]}"; do
   [[ $episode =~ ^[0-9]+$ ]] || die "EVAL_EPISODES: found $episode, expected episode numbers, for example \"0 1 2 3\""
@@ -52,7 +52,7 @@ def die(message):
     sys.exit(1)
 
 
-root = Path(sys.argv[1])
+root = Path(sys.argv[1]).resolve()
 runs = [folder for folder in [root, *sorted(p for p in root.rglob("*") if p.is_dir())] if list_checkpoints(folder)]
 if not runs:
     die(f"{root}: no checkpoint_NNNNNN below it; the training task uploaded no checkpoint, see its log")
@@ -65,7 +65,7 @@ except CheckpointError as error:
     older = newest_checkpoint(runs[0])
     die(
         f"the newest checkpoint arrived torn: {error}; run the training task's upload again"
-        + (f", or evaluate the older {older.name} by giving it as --checkpoint" if older else "")
+        + (f" (the older {older.name} is whole: python -m ur10e_deploy.offline_eval takes it)" if older else "")
     )
 print(newest)
 PY
@@ -75,10 +75,9 @@ echo "eval-entrypoint: evaluating $newest"
 # -- the dataset --------------------------------------------------------------------------------------------------
 
 [[ -d $dataset ]] || die "$dataset: no such directory; the evaluation dataset's input is not there"
-mapfile -t found < <(find -L "$dataset" -path '*/meta/info.json' | sort)
+mapfile -t found < <(find -L "$(realpath "$dataset")" -path '*/meta/info.json' -printf '%h\n' | xargs -rd '\n' dirname | sort)
 [[ -n ${found[*]} ]] || die "$dataset: no LeRobot dataset below it (no meta/info.json); upload its folder, see README.md"
 [[ -z ${found[1]:-} ]] || die "$dataset: several LeRobot datasets (${found[*]}); give --dataset one of these folders"
-root=$(dirname "$(dirname "${found[0]}")")
 
 # -- the evaluation -----------------------------------------------------------------------------------------------
 
@@ -86,8 +85,10 @@ mkdir -p "$output" || die "$output: cannot be made"
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 rc=0
-python -m ur10e_deploy.offline_eval --checkpoint "$newest" --dataset "$root" --episode "${episodes[@]}" \
-  --skip-missing-episodes --device "$EVAL_DEVICE" --output "$results/eval" "$@" || rc=$?
+cd "$results" # so that the log and the report name the results without this folder, which goes away
+python -m ur10e_deploy.offline_eval --checkpoint "$newest" --dataset "${found[0]}" --episode "${episodes[@]}" \
+  --skip-missing-episodes --device "$EVAL_DEVICE" --output eval "$@" || rc=$?
+cd - >/dev/null
 ((rc == 0 || rc == 3)) || die "the evaluation failed with exit code $rc; its own line is above"
 compgen -G "$results/eval/episode_*.parquet" >/dev/null || die "the evaluation wrote no episode_NNN.parquet"
 cp -r "$results/eval/." "$output" || die "$output: could not copy the results there"

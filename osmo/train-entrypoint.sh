@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # One attempt at training, as the command of an OSMO task: take up an earlier attempt's checkpoint, train, hand over.
 #
-#   bash train-entrypoint.sh [--bags=DIR] [--resume-from=DIR] [--output=DIR] LAUNCHER... train.py ARGUMENT...
+#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--output=DIR] \
+#       LAUNCHER... train.py ARGUMENT...
 #
-# LAUNCHER is `python`, or `torchrun` with its options. --resume is added: an attempt goes on from the newest complete
-# checkpoint in its own directory (a restart on the same node), else from the one in --resume-from (another node).
+# The recordings lie in --bags, or below --bags-dataset as OSMO lays a dataset out. LAUNCHER is `python`, or `torchrun`
+# with its options. --resume is added: an attempt goes on from the newest complete checkpoint in its own directory (a
+# restart on the same node), else from the one in --resume-from (another node).
 # Only a completed run is copied to --output, because OSMO uploads what lies there after a failure as well.
 #
 # Exit codes: 0 complete, 1 failed, 75 run it again (the workflows reschedule it). torchrun turns every code into 1,
@@ -22,13 +24,14 @@ die() {
   exit 1
 }
 
-bags='' resume_from='' output=''
+bags='' folders=0 resume_from='' output=''
 while (($#)); do
   case $1 in
     --bags=*) bags=${1#--bags=} ;;
+    --bags-dataset=*) bags=${1#--bags-dataset=} folders=2 ;;
     --resume-from=*) resume_from=${1#--resume-from=} ;;
     --output=*) output=${1#--output=} ;;
-    --*) die "$1: unknown option; expected --bags=, --resume-from=, --output=, then the command to train with" ;;
+    --*) die "$1: unknown option; expected --bags= or --bags-dataset=, --resume-from=, --output=, then the command" ;;
     *) break ;;
   esac
   shift
@@ -52,11 +55,13 @@ trap '[[ -z $log ]] || rm -f "$log"' EXIT
 
 mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
 if [[ -n $bags ]]; then
-  [[ -d $bags ]] || die "--bags=$bags: no such directory; the task's first input has to be the recordings"
-  [[ -L $bags_dir || ! -e $bags_dir ]] || die "$bags_dir: there already, and no link; --bags would be ignored"
-  # OSMO puts a dataset into folders named after it and after the uploaded folder. Episodes are named by their path, and
-  # should have the same names here, in blob storage and at home: go down to where the bags lie side by side.
-  while only=$(ls -A "$bags") && [[ -d $bags/$only && -n $only ]]; do
+  [[ -d $bags ]] || die "$bags: no such directory; the task's first input has to be the recordings"
+  [[ -L $bags_dir || ! -e $bags_dir ]] || die "$bags_dir: there already, and no link; the recordings would be ignored"
+  # OSMO puts a dataset into a folder named after it, and into that the folder that was uploaded. Episodes are named by
+  # their path, and should have the same names here, in blob storage and at home: go down these two, and no further.
+  for ((; folders > 0; folders--)); do
+    only=$(ls -A "$bags")
+    [[ -n $only && -d $bags/$only ]] || break
     ! compgen -G "$bags/$only/*.db3*" >/dev/null || break
     ! compgen -G "$bags/$only/*.mcap*" >/dev/null || break
     bags=$bags/$only
@@ -150,8 +155,10 @@ done
 if [[ -n $asked ]] && ((rc == 143)); then
   rc=75 # the signal came before train.py could heed it
 elif [[ -n $log ]] && ((rc == 1)); then
-  # The failing rank's own line, or Python's last one; torchrun's lines begin with `torch.`, a victim's are no reason.
-  own=$(grep -aE '^(\[rank[0-9]+\]: )?(error: |[A-Za-z_]+(Error|Exception)\b)' "$log" | grep -av 'another rank is gone' || true)
+  # The failing rank's own line, or Python's last one (torch.AcceleratorError, but not torchrun's torch.distributed...);
+  # a victim's line is no reason.
+  own=$(grep -aE '^(\[rank[0-9]+\]: )?(error: |(torch\.)?[A-Za-z_]+(Error|Exception)\b)' "$log" |
+    grep -av 'another rank is gone' || true)
   # Of the rank that failed first: those that torchrun then kills are in its table too.
   first=$(grep -aA 6 '^Root Cause' "$log" | sed -n 's/.*exitcode *: \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | tail -n 1 || true)
   nodes=$(option nnodes "$*")
@@ -167,8 +174,10 @@ elif [[ -n $log ]] && ((rc == 1)); then
     rc=1
     echo "error: train-entrypoint: a rank of this node crashed with signal ${first#-} (7: most likely /dev/shm is full," \
       "then set training.num_workers=0; else see above)" >&2
-  elif [[ -n $asked ]] || ((${nodes:-1} == 1)); then
+  elif [[ -n $asked || $first == -15 ]]; then
     rc=75
+  elif ((${nodes:-1} == 1)); then # no other node that could have been lost: it would fail alike
+    echo "error: train-entrypoint: the ranks failed, and none of them says why; see above" >&2
   else
     # Restarted in place, the node keeps its checkpoints and frame cache; on a new pod it would not.
     say "another node stopped or was lost; waiting up to $peer_wait_s s for OSMO to restart this one, then exit 75"

@@ -64,15 +64,15 @@ class Azurite:
             self._process.wait()
             self._process = None
 
-    def upload(self, container: str, blobs: dict[str, bytes | Path]) -> None:
-        """Make the container, if need be, and put the blobs there."""
+    def upload(self, container: str, blobs: dict[str, bytes | Path], metadata: dict[str, str] | None = None) -> None:
+        """Make the container, if need be, and put the blobs there, each with this metadata."""
         service = BlobServiceClient(self.endpoint, credential=KEY)
         client = service.get_container_client(container)
         if not client.exists():
             client.create_container()
         for name, content in blobs.items():
             data = content.read_bytes() if isinstance(content, Path) else content
-            client.upload_blob(name, data, overwrite=True)
+            client.upload_blob(name, data, overwrite=True, metadata=metadata)
 
     def upload_folder(self, container: str, prefix: str, folder: Path) -> list[str]:
         """Put all files below `folder` under `prefix`; -> their names below it."""

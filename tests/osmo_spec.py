@@ -125,13 +125,25 @@ def tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
 # -- what users are told to type ----------------------------------------------------------------------------------
 
 OSMO = Path(__file__).resolve().parent.parent / "osmo"
+GUIDE = OSMO / "README.md"
+GUIDES = (OSMO.parent / "README.md", GUIDE)
 
 
-def readme_commands() -> list[list[str]]:
-    """Every command in the guide's shell blocks, as words; a line that ends in a backslash goes on."""
-    blocks = re.findall(r"```bash\n(.*?)```", (OSMO / "README.md").read_text(), re.DOTALL)  # fences may be indented
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+def readme_commands(*guides: Path) -> list[list[str]]:
+    """Every command in the shell blocks of these guides, or of all, as words; a backslash at a line's end goes on with
+    it, && begins the next command."""
+    texts = [guide.read_text() for guide in guides or GUIDES]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]  # may be indented
+    lines = "\n".join(blocks).replace("\\\n", " ").replace(" && ", "\n").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def inline_settings(name: str) -> list[str]:
+    """The values that the guides' prose and tables give to a --set name, each in backticks: `name="VALUE"`."""
+    prose = "".join(re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL) for guide in GUIDES)
+    found = [span for span in re.findall(r"`([^`]+)`", prose) if span.startswith(f"{name}=")]
+    require(len(found) == prose.count(f"{name}="), "guides", found, f"each {name}= to begin what stands in backticks")
+    return [word.removeprefix(f"{name}=") for span in found for word in shlex.split(span)]
 
 
 def osmo_commands() -> list[list[str]]:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -94,6 +95,25 @@ def test_a_second_run_fetches_only_what_is_missing(server: Azurite, tmp_path: Pa
     assert files(tmp_path / "bags") == WHOLE and (kept.stat().st_ino, kept.stat().st_mtime_ns) == before
 
 
+def test_folders_of_a_hierarchical_namespace_are_no_files(server: Azurite, tmp_path: Path):
+    """Such an account lists them as blobs, marked so; azcopy makes none that is empty, and nobody misses it."""
+    server.upload("datasets", {"hierarchical/day1/a_0.db3": b"y"})
+    server.upload("datasets", {"hierarchical/day1": b"", "hierarchical/empty": b""}, metadata={"hdi_isfolder": "true"})
+    code, printed, _ = download(environment(server, tmp_path / "bags", AZURE_BLOB_PREFIX="hierarchical/"))
+    assert code == 0 and "1 blobs" in printed, printed
+    assert files(tmp_path / "bags") == {"day1/a_0.db3": 1}
+
+
+def test_a_file_that_did_not_arrive_whole_is_fetched_again(server: Azurite, tmp_path: Path):
+    """azcopy reports success, and a byte is missing: 75, and the next run does not take it for complete."""
+    cut = 'REAL "$@" && truncate -s -1 "$BLOB_DEST_DIR/day 1/a/a_0.db3"'
+    values = environment(server, tmp_path / "bags", PATH=azcopy_with(tmp_path / "bin", cut))
+    code, printed, _ = download(values)
+    assert code == 75 and "1 of 2 blobs did not arrive whole (day 1/a/a_0.db3" in error_line(printed), printed
+    assert download(environment(server, tmp_path / "bags"))[0] == 0
+    assert files(tmp_path / "bags") == WHOLE
+
+
 REFUSALS = {  # what is changed, the exit code, the message
     "expired SAS": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "rl", hours=-2)), 1, "it expired at"),
     "SAS without List": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("datasets", "r")), 1, "lacks the permission List"),
@@ -103,6 +123,10 @@ REFUSALS = {  # what is changed, the exit code, the message
     ),
     "another container's SAS": (lambda s: dict(AZURE_STORAGE_SAS=s.sas("others", "rl")), 1, "SAS is refused"),
     "no SAS at all in it": (lambda s: dict(AZURE_STORAGE_SAS="hello"), 1, "it has no sig="),
+    "missing container": (
+        lambda s: dict(AZURE_BLOB_CONTAINER="nowhere", AZURE_STORAGE_SAS=s.sas("nowhere", "rl")), 1,
+        "no container nowhere",
+    ),
     "missing prefix": (lambda s: dict(AZURE_BLOB_PREFIX="Houston_recordings/"), 1, "nothing there; check AZURE_BLOB"),
     "prefix without bags": (lambda s: dict(AZURE_BLOB_PREFIX="texts/"), 1, "no bag (.db3 or .mcap) among them"),
     "nothing to log in with": (lambda s: dict(AZURE_STORAGE_SAS=None), 1, "osmo-workflow.yaml"),
@@ -251,20 +275,23 @@ def azcopies(dest: Path) -> list[int]:
 
 
 def test_killed_in_the_middle_and_run_again(large: Azurite, tmp_path: Path):
-    """SIGKILL to all of it, three times; then a run completes, and every byte is right."""
-    dest = tmp_path / "bags"
-    values = environment(large, dest)
+    """SIGKILL to all of it, three times; then a run completes, every byte is right, and nothing is left behind."""
+    dest, scratch = tmp_path / "bags", tmp_path / "scratch"
+    scratch.mkdir()
+    values = environment(large, dest, TMPDIR=str(scratch))
     for attempt in range(3):
-        process = start(values, dest, tmp_path / f"log{attempt}")
+        log = tmp_path / f"log{attempt}"
+        process = start(values, dest, log)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert any(dest.rglob(".azDownload-*")), "it was not in the middle"
+        assert any(dest.rglob(".azDownload-*")) and any(scratch.rglob("*")), "it was not in the middle"
+        assert not any(secret in log.read_text() for secret in secrets_of(values))
         for path in dest.rglob("*.mcap"):
             if not path.name.startswith("."):
                 path.unlink()  # so that the next attempt has a middle, too
     code, printed, _ = download(values)
     assert code == 0, printed
-    assert not list(dest.rglob(".azDownload-*"))
+    assert not list(dest.rglob(".azDownload-*")) and not any(scratch.iterdir())
     first = (dest / "bag0/bag0_0.mcap").read_bytes()
     assert len(first) == 64 * MIB
     assert all((dest / f"bag{i}/bag{i}_0.mcap").read_bytes() == first[i:] for i in range(1, 4))
@@ -291,6 +318,14 @@ def test_a_slow_download_is_no_stalled_one(large: Azurite, tmp_path: Path):
     code, printed, seconds = download(environment(large, tmp_path / "bags", BLOB_STALL_S="4", PATH=slow))
     assert code == 0, printed
     assert seconds > 8, "not slow enough to show it"
+
+
+def test_a_download_that_takes_too_long(large: Azurite, tmp_path: Path):
+    """Bounded whatever it does; 1, because in a new pod it would begin again and take as long."""
+    slow = azcopy_with(tmp_path / "bin", 'exec REAL "$@" --cap-mbps 20 --block-size-mb 1')
+    code, printed, seconds = download(environment(large, tmp_path / "bags", BLOB_TIMEOUT_S="3", PATH=slow))
+    assert code == 1 and "not complete after 3 s; raise blob_timeout_s" in error_line(printed), printed
+    assert seconds < 15 and not list((tmp_path / "bags").rglob(".azDownload-*"))
 
 
 def test_a_server_that_goes_away_in_the_middle(tmp_path: Path):
@@ -334,12 +369,18 @@ def test_the_blob_workflow_killed_in_the_middle_and_run_again(server: Azurite, s
     (credentials,) = task["credentials"].values()
     secrets = {name: values[name] for name in credentials}  # as OSMO sets them
     (tmp_path / "nothing").mkdir()  # at the storage url
-    box = TaskBox(tmp_path / "box", task, {0: tmp_path / "nothing"}, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets)
-    box.start()
-    box.wait_for("to download")
-    box.wait_for(box.folder / "data/rosbags/*")
+    first_is_slow = f'[[ -e {tmp_path}/slow ]] || set -- "$@" --cap-mbps 8 --block-size-mb 1; touch {tmp_path}/slow; '
+    path = azcopy_with(tmp_path / "bin", first_is_slow + 'exec REAL "$@"')
+    box = TaskBox(
+        tmp_path / "box", task, {0: tmp_path / "nothing"}, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets,
+        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{path}",
+    )  # fmt: skip
+    process, recordings = box.start(), box.folder / "data/rosbags"
+    while not any(recordings.rglob(".azDownload-*")):
+        assert process.poll() is None, box.log()
+        time.sleep(0.01)
     box.kill()
-    assert not list_checkpoints(box.run_dir)
+    assert any(recordings.rglob(".azDownload-*")) and not list_checkpoints(box.run_dir), "it was not in the middle"
     assert box.run() == 0, box.log()
     assert "complete: 1 checkpoints handed over" in box.log()
     assert not any(secret in box.log() for secret in secrets_of(values))

@@ -148,6 +148,52 @@ def test_a_node_that_fails_says_why_and_ends_with_1(nodes):
     assert time.monotonic() - started < 90
 
 
+def test_a_node_whose_rank_fails_in_torch_ends_with_1(nodes):
+    """torch names its own errors `torch.AcceleratorError`, and torchrun's lines begin with `torch.` as well: the one is
+    a reason, the other is not. (A script stands in for train.py on a GPU that fails.)"""
+    lead, follower = nodes(peer_wait_s=2)
+    (lead.folder / "workspace/train.py").write_text("import time; time.sleep(60)")
+    failing = "import os; os.write(2, b'[rank1]: torch.AcceleratorError: CUDA error: out of luck\\n'); os._exit(1)"
+    (follower.folder / "workspace/train.py").write_text(failing)
+    lead.start()
+    assert follower.run() == 1, follower.log()
+    assert "waiting up to" not in follower.log()
+
+
+@pytest.fixture
+def two_gpus(networks: dict[str, str], sample_bags: Path, tmp_path: Path) -> Iterator[TaskBox]:
+    """One node with two ranks, as the guide advises for several GPUs in one machine."""
+    settings = tiny(training__steps=30, training__save_freq=30, training__log_freq=1, training__val_fraction=0)
+    spec = submit(WORKFLOWS / "osmo-workflow-ddp.yaml", "n_nodes=1", "gpus_per_node=2", settings)
+    box = TaskBox(
+        tmp_path, place(spec, hosts=HOSTS)["node-0"], {0: sample_bags}, network=networks["node-0"],
+        hosts={HOSTS["node-0"]: "127.0.0.1", socket.gethostname(): "127.0.0.1"}, GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    yield box
+    box.lose()
+
+
+def test_two_ranks_on_one_node_stop_and_go_on(two_gpus: TaskBox):
+    """SIGTERM reaches both, they save at the same step, and the next start completes the run."""
+    process = two_gpus.start()
+    two_gpus.wait_for(two_gpus.run_dir / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    assert two_gpus.wait(process) == 75, two_gpus.log()
+    (saved,) = list_checkpoints(two_gpus.run_dir)
+    verify_checkpoint(saved)
+    assert two_gpus.run() == 0, two_gpus.log()
+    assert f"resuming from /output/train-rosbag-act/{saved.name}" in two_gpus.log()
+    assert "effective batch 4 = 2 per GPU x 2" in two_gpus.log()
+    assert [m["step"] for m in metrics(two_gpus.run_dir)] == list(range(1, 31))
+
+
+def test_one_node_that_fails_without_a_reason_is_not_run_again(two_gpus: TaskBox):
+    """There is no other node that could have been lost."""
+    (two_gpus.folder / "workspace/train.py").write_text("raise SystemExit(1)")
+    assert two_gpus.run() == 1
+    assert "error: train-entrypoint: the ranks failed, and none of them says why" in two_gpus.log()
+
+
 DEATHS = {
     "out of memory": (signal.SIGKILL, 137, "a rank of this node was killed, most likely for want of memory"),
     "crashed": (signal.SIGSEGV, 1, "a rank of this node crashed with signal 11"),

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def test_base_trains_and_hands_over(finished: Path):
     assert contract["config"]["data"]["bag_dir"] == "/data/rosbags"
     episodes = contract["training_episodes"] + contract["held_out_episodes"]
     assert sorted(episodes) == [f"episode_{i:03d}" for i in range(6)], "named as at home"
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+def test_episodes_are_named_as_at_home(storage: tuple[str, ...], sample_bags: Path, nothing: Path, tmp_path: Path):
+    """Their names decide what counts as held out. A dataset's own two folders are not in them, and one that all the
+    recordings share is, as at home and from blob storage."""
+    for name in ("episode_000", "episode_001"):
+        shutil.copytree(sample_bags / name, tmp_path / "local_bags/day1" / name)
+    box = TaskBox(
+        tmp_path / "box", task("osmo-workflow.yaml", *storage, training__steps=1),
+        {0: tmp_path / "local_bags", 1: nothing},
+    )  # fmt: skip
+    assert box.run() == 0, box.log()
+    contract = json.loads((box.run_dir / "last/pretrained_model/train_config.json").read_text())
+    named = contract["training_episodes"] + contract["held_out_episodes"]
+    assert sorted(named) == ["day1/episode_000", "day1/episode_001"]
 
 
 def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Path, nothing: Path, tmp_path: Path):
@@ -259,10 +276,10 @@ def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFacto
     return once(tmp_path_factory, "osmo-evaluation", make) / "datasets"
 
 
-def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: str, **environment: str) -> TaskBox:
+def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: str) -> TaskBox:
     """The task eval-act, on what Dockerfile.eval copies into its image."""
     values = task("osmo-workflow-train-eval.yaml", "eval_device=cpu", *assignments, name="eval-act")
-    box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: dataset}, **environment)
+    box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: dataset})
     lines = (WORKFLOWS / "Dockerfile.eval").read_text().splitlines()
     for *sources, target in (line.split()[1:] for line in lines if line.startswith("COPY") and "/workspace" in line):
         for source in sources:
@@ -287,6 +304,7 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     names = {path.name for path in box.delivered.iterdir()}
     assert {*(f"episode_{i:03d}.parquet" for i in range(3)), "all_episodes.parquet", "summary.json"} <= names
     assert "episodes 3 are skipped" in box.log(), "EVAL_EPISODES asks for one too many"
+    assert "eval/report.html" in box.log() and "/tmp/" not in box.log(), "a folder is named that is gone"
     table = pq.read_table(box.delivered / "all_episodes.parquet")
     assert table.num_rows > 20 and "inference_time_s" in table.column_names
     assert any(name.startswith("abs_error_") for name in table.column_names)
@@ -317,6 +335,14 @@ def half_uploaded(checkpoint: Path, dataset: Path) -> None:
     (list_checkpoints(checkpoint / "train-rosbag-act")[-1] / "training_state/manifest.json").unlink()
 
 
+def two_runs(checkpoint: Path, dataset: Path) -> None:
+    shutil.copytree(checkpoint / "train-rosbag-act", checkpoint / "another")
+
+
+def no_input(checkpoint: Path, dataset: Path) -> None:
+    shutil.rmtree(dataset)
+
+
 def no_dataset(checkpoint: Path, dataset: Path) -> None:
     shutil.rmtree(next(dataset.rglob("meta")))
 
@@ -331,6 +357,8 @@ INPUTS = {
     "no checkpoint": (no_checkpoint, "no checkpoint_NNNNNN below it"),
     "torn": (torn, "the newest checkpoint arrived torn"),
     "half uploaded": (half_uploaded, "manifest.json: missing"),
+    "two runs": (two_runs, "0: checkpoints of several runs (/osmo/data/input/0/another, /osmo/data/input/0/train-"),
+    "no input": (no_input, "/osmo/data/input/1: no such directory; the evaluation dataset's input is not there"),
     "no dataset": (no_dataset, "no LeRobot dataset below it"),
     "two datasets": (two_datasets, "several LeRobot datasets"),
 }
@@ -346,6 +374,55 @@ def test_the_evaluation_refuses(damage, message: str, finished: Path, evaluation
     assert not any(box.delivered.iterdir())
 
 
-def test_the_evaluation_refuses_what_it_does_not_understand(finished: Path, evaluation_dataset: Path, tmp_path: Path):
-    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, EVAL_EPISODES="0-3")
-    assert box.run() == 1 and "EVAL_EPISODES: found 0-3" in error_line(box)
+@pytest.mark.parametrize("part", ["data/**/*.parquet", "videos/**/*.mp4"])
+def test_the_evaluation_refuses_a_torn_dataset(part: str, finished: Path, evaluation_dataset: Path, tmp_path: Path):
+    """The evaluator's own line names the file, a last one says what failed."""
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset)
+    (file,) = (box.folder / "osmo/data/input/1").rglob(part)
+    os.truncate(file, file.stat().st_size // 2)
+    assert box.run() == 1, box.log()
+    own, last = [line for line in box.log().replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert f"{file.name}: is " in own and "cut short" in own
+    assert last == "error: eval-entrypoint: the evaluation failed with exit code 1; its own line is above"
+    assert "Traceback" not in box.log() and not any(box.delivered.iterdir())
+
+
+OUTPUTS = {
+    "a file in its place": (lambda output: (output.rmdir(), output.touch()), "/osmo/data/output: cannot be made"),
+    "no place for a result": (lambda output: (output / "summary.json").mkdir(), "could not copy the results there"),
+}
+
+
+@pytest.mark.parametrize("damage, message", OUTPUTS.values(), ids=list(OUTPUTS))
+def test_results_that_cannot_be_written_are_a_failure(
+    damage, message: str, finished: Path, evaluation_dataset: Path, tmp_path: Path
+):
+    """OSMO would report the task as completed, and its output would be without them."""
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, "eval_episodes=1")
+    damage(box.delivered)
+    assert box.run() == 1, box.log()
+    assert message in error_line(box)
+
+
+DIRECTORIES = ["--checkpoint=/nowhere/c", "--dataset=/nowhere/d", "--output=/nowhere/o"]
+ARGUMENTS = {
+    "none": ([], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "no output": (DIRECTORIES[:2], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "an empty option": ([*DIRECTORIES, "--dataset="], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "no episodes": (DIRECTORIES, {"EVAL_EPISODES": ""}, "EVAL_EPISODES is empty; expected episode numbers"),
+    "a range of episodes": (DIRECTORIES, {"EVAL_EPISODES": "0-3"}, "EVAL_EPISODES: found 0-3, expected"),
+    "blank episodes": (DIRECTORIES, {"EVAL_EPISODES": " "}, "EVAL_EPISODES is empty; expected episode numbers"),
+    "no device": (DIRECTORIES, {"EVAL_DEVICE": ""}, "EVAL_DEVICE: found '', expected cuda or cpu"),
+    "another device": (DIRECTORIES, {"EVAL_DEVICE": "gpu"}, "EVAL_DEVICE: found 'gpu', expected cuda or cpu"),
+    "no checkpoint": (DIRECTORIES, {}, "/nowhere/c: no such directory; the checkpoint's input is not there"),
+}
+
+
+@pytest.mark.parametrize("arguments, environment, message", ARGUMENTS.values(), ids=list(ARGUMENTS))
+def test_the_evaluation_refuses_arguments(arguments: list[str], environment: dict[str, str], message: str):
+    """Before Python starts; one line for each."""
+    complete = {"PATH": os.environ["PATH"], "EVAL_EPISODES": "0 1", "EVAL_DEVICE": "cpu"}
+    command = ["bash", str(WORKFLOWS / "eval-entrypoint.sh"), *arguments]
+    done = subprocess.run(command, env=complete | environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: eval-entrypoint: {message}") and done.stderr.count("\n") == 1

@@ -19,9 +19,13 @@ from ur10e_deploy import offline_eval
 
 import train
 from tests.osmo_spec import (
+    GUIDE,
+    GUIDES,
     VERSIONS,
     SpecError,
     check,
+    inline_settings,
+    load,
     osmo_commands,
     place,
     readme_commands,
@@ -45,6 +49,11 @@ def training_tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def overrides(task: dict[str, Any]) -> list[str]:
     """The trainer's settings, in order."""
     return [a.removeprefix("--override=") for a in task["args"] if a.startswith("--override=")]
+
+
+def config_of(workflow: Path) -> Path:
+    """What its training tasks get as /workspace/config.yaml."""
+    return OSMO / ("osmo-config-ddp.yaml" if "ddp" in workflow.name else "osmo-config.yaml")
 
 
 def test_the_six_workflows_are_there():
@@ -189,23 +198,29 @@ def imported_modules(*start: Path) -> set[Path]:
 @each_workflow
 def test_the_injected_files_are_complete(path: Path):
     """The trainer with every module of ours that it imports, the script, the config; each where the command is."""
-    unread = yaml.safe_load(render(sections(path.read_text())[0], sections(path.read_text())[1]))
+    unread = load(render(*sections(path.read_text())))
     wanted = {module.name for module in imported_modules(ROOT / "train.py")}
     for task in training_tasks(unread):
         local = {Path(f["path"]).name: OSMO / f["localpath"] for f in task["files"]}
         assert {name for name in local if name.endswith(".py")} == wanted
         assert all((ROOT / name).samefile(local[name]) for name in wanted)
         scripts = {word.removeprefix("/workspace/") for word in task["command"] if word.startswith("/workspace/")}
-        config = "osmo-config-ddp.yaml" if "ddp" in path.name else "osmo-config.yaml"
         assert set(local) == wanted | scripts | {"config.yaml"}
-        assert local["config.yaml"].name == config
+        assert local["config.yaml"] == config_of(path)
         assert all(f["path"].startswith("/workspace/") for f in task["files"])
 
 
-@pytest.mark.parametrize("name", sorted({p.name for p in imported_modules(ROOT / "train.py")}))
-def test_modules_hold_nothing_that_a_template_engine_would_take(name: str):
-    """OSMO renders injected files, too: a doubled brace in an f-string stops the submission, or changes the code."""
-    text = (ROOT / name).read_text()
+def injected_files() -> list[Path]:
+    """Every file that some workflow injects: modules, scripts, configs."""
+    specs = [load(render(*sections(path.read_text()))) for path in WORKFLOWS]
+    local = [file["localpath"] for spec in specs for task in training_tasks(spec) for file in task["files"]]
+    return sorted({(OSMO / path).resolve() for path in local})
+
+
+@pytest.mark.parametrize("path", injected_files(), ids=lambda path: path.name)
+def test_injected_files_hold_nothing_that_a_template_engine_would_take(path: Path):
+    """OSMO renders them, too, and replaces its tokens: a doubled brace stops the submission, or changes the code."""
+    text = path.read_text()
     assert not re.search(r"\{\{|\{%|\{#", text)
     assert "default-values:" not in text
 
@@ -272,7 +287,7 @@ def test_every_variant_runs_the_base_command(path: Path, storage: tuple[str, ...
 
     def words(task: dict[str, Any]) -> list[str]:
         return [word.replace("{{input:0}}", "{{input:1}}") for word in task["command"] + task["args"]
-                if not re.match(r"--bags=|--override=(wandb\.|training\.(lr|kl_weight)=)", word)]  # fmt: skip
+                if not re.match(r"--bags|--override=(wandb\.|training\.(lr|kl_weight)=)", word)]  # fmt: skip
 
     base = words(tasks(submit(OSMO / "osmo-workflow.yaml", *changes))[0])
     start = base.index("python")
@@ -446,7 +461,8 @@ def test_blob_has_a_sas_or_an_identity():
         "azure-blob": {"AZURE_STORAGE_ACCOUNT": "azure_storage_account", "AZURE_STORAGE_SAS": "azure_storage_sas"}
     }
     assert task["environment"] == {
-        "AZURE_BLOB_CONTAINER": "datasets", "AZURE_BLOB_PREFIX": "houston_recordings/", "BLOB_DEST_DIR": "/data/rosbags"
+        "AZURE_BLOB_CONTAINER": "datasets", "AZURE_BLOB_PREFIX": "houston_recordings/",
+        "BLOB_DEST_DIR": "/data/rosbags", "BLOB_TIMEOUT_S": "21600",
     }  # fmt: skip
     identity = submit(OSMO / "osmo-workflow-blob.yaml", "blob_credential=", "storage_account=acc")
     check(identity, "6.3.1")
@@ -528,18 +544,19 @@ CLI = {
 
 def test_the_readme_makes_folders_before_it_downloads_to_them():
     """OSMO's CLI refuses a destination that is not there."""
-    made: set[str] = set()
-    for words in readme_commands():
-        if words[:2] == ["mkdir", "-p"]:
-            made |= set(words[2:])
-        if words[:1] == ["osmo"] and words[2] == "download":
-            assert words[-1].removeprefix("./") in made, words
+    for guide in GUIDES:
+        made: set[str] = set()
+        for words in readme_commands(guide):
+            if words[:2] == ["mkdir", "-p"]:
+                made |= set(words[2:])
+            if words[:1] == ["osmo"] and words[2] == "download":
+                assert words[-1].removeprefix("./") in made, words
 
 
 def test_the_readme_evaluates_as_the_evaluator_documents():
     """Its options exist, and the checkpoints are where the downloads before put them."""
-    downloads = [w[3] for w in readme_commands() if w[1:3] == ["dataset", "download"]]
-    evaluations = [w for w in readme_commands() if w[:3] == ["python", "-m", "ur10e_deploy.offline_eval"]]
+    downloads = [w[3] for w in readme_commands(GUIDE) if w[1:3] == ["dataset", "download"]]
+    evaluations = [w for w in readme_commands(GUIDE) if w[:3] == ["python", "-m", "ur10e_deploy.offline_eval"]]
     outputs = []
     for words in evaluations:
         arguments = offline_eval.parser().parse_args(words[3:])
@@ -547,7 +564,7 @@ def test_the_readme_evaluates_as_the_evaluator_documents():
         assert folder == "sweep" and dataset.startswith("ur10e-act-sweep-") and run == "train-rosbag-act"
         outputs.append(str(arguments.output))
     assert outputs and any("sweep" in name for name in downloads)
-    (compared,) = [w for w in readme_commands() if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
+    (compared,) = [w for w in readme_commands(GUIDE) if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
     assert compared[3:] == outputs
 
 
@@ -569,7 +586,7 @@ def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
 
 
 def test_the_readme_uses_the_cli_as_documented():
-    """Subcommands and options exist, and what submits a workflow renders and is accepted with its --set."""
+    """Subcommands and options exist; what submits a workflow is accepted with its --set, by OSMO and by the trainer."""
     used = set()
     for words in osmo_commands():
         name, positional, options = parse_cli(words)
@@ -582,6 +599,8 @@ def test_the_readme_uses_the_cli_as_documented():
             assert {g.split("=", 1)[0] for g in given} <= set(known), words
             spec = submit(path, *options.get("--set", []), strings=tuple(options.get("--set-string", [])))
             check(spec, "6.3.1")
+            for task in place(spec).values():
+                train.load_config(config_of(path), overrides(task))
         if name == "credential set":
             keys = {p.split("=", 1)[0] for p in options["--payload"]}
             wanted = {"wandb": {"wandb_api_key"}, "azure-blob": {"azure_storage_account", "azure_storage_sas"}}
@@ -592,9 +611,19 @@ def test_the_readme_uses_the_cli_as_documented():
     assert {"workflow submit", "credential set", "workflow logs", "dataset download", "data download"} <= used
 
 
+def test_the_readme_suggests_what_trainer_and_evaluator_know():
+    """In its text and tables, too: each `overrides=` there loads, each `eval_args=` parses."""
+    settings, options = inline_settings("overrides"), inline_settings("eval_args")
+    assert settings and options
+    for each in settings:
+        train.load_config(OSMO / "osmo-config.yaml", each.split())
+    for each in options:
+        offline_eval.parser().parse_args(["--checkpoint=C", "--dataset=D", *each.split()])
+
+
 def test_the_readme_names_every_variant_and_setting():
-    text = (OSMO / "README.md").read_text()
-    submitted = {w[3] for w in osmo_commands() if w[1:3] == ["workflow", "submit"]}
+    text = GUIDE.read_text()
+    submitted = {w[3] for w in readme_commands(GUIDE) if w[:3] == ["osmo", "workflow", "submit"]}
     assert submitted == {f"osmo/{path.name}" for path in WORKFLOWS}
     for name in set.union(*(set(sections(path.read_text())[1]) for path in WORKFLOWS)):
         assert f"`{name}`" in text, f"{name} is not in the README"
