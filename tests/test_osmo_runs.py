@@ -136,10 +136,12 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
 
 
 def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Path, tmp_path: Path):
-    """SIGTERM while Python still imports, so that train.py cannot heed it yet: 75 all the same."""
+    """SIGTERM while Python still imports (here: a module that takes long), so that train.py cannot heed it yet: 75 all
+    the same."""
     box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: nothing})
+    (box.folder / "workspace/augment.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = box.start()
-    box.wait_for("starting at step 0")
+    box.wait_for("importing")
     process.send_signal(signal.SIGTERM)
     assert box.wait(process) == 75, box.log()
     assert not list_checkpoints(box.run_dir) and not any(box.delivered.iterdir())
