@@ -729,9 +729,8 @@ def build_entry(
                 if entry.exists():
                     print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
             building = cache_dir / f".{key}.{os.getpid()}"
-            shutil.rmtree(
-                building, ignore_errors=True
-            )  # of a killed process that had this id, as is usual in containers
+            # A killed process may have had this id, as is usual in containers.
+            shutil.rmtree(building, ignore_errors=True)
             try:
                 building.mkdir()
                 _write_entry(bag, building, settings, on_message)
@@ -1218,9 +1217,8 @@ def _build_entries(
                 "free some and start again (the bags that were finished stay cached)"
             ) from None
         finally:
-            if (
-                pending
-            ):  # asked to stop, or a bag is bad: do not wait for those half decoded, their entries are discarded
+            if pending:
+                # Asked to stop, or a bag is bad: do not wait for those half decoded, whose entries are discarded.
                 # The pool fails the futures that are left. Up to Python 3.11 its thread dies with a traceback on one
                 # that was cancelled: nothing here may cancel them, so that a stop stays one line.
                 for process in list(pool._processes.values()):

@@ -1566,9 +1566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with contextlib.suppress(OSError):
                     Path(cfg.training.output_dir).mkdir(parents=True, exist_ok=True)
                     (Path(cfg.training.output_dir) / STOP_MARKER).write_text(json.dumps(marker) + "\n")
-        if (
-            stop.saves
-        ):  # all ranks stop together, and leave together: torchrun ends those that are left once one has gone
+        if stop.saves:  # all ranks stop and leave together: torchrun ends those that are left once one has gone
             with contextlib.suppress(RuntimeError):
                 world.barrier()
         elif world is not None:
