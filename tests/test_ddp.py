@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -266,27 +267,37 @@ def test_a_rank_that_disappears_takes_the_other_down_with_one_line(sample_bags: 
     assert "Connection closed" not in stderr.split("torch.distributed.elastic")[0] or our_errors(stderr)
 
 
-def start_two_nodes(bags: Path, folder: Path, script: Path = ROOT / "train.py", **overrides) -> list[subprocess.Popen]:
-    """--nnodes=2, two torchruns on loopback, separate output and cache directories."""
-    port, nodes = free_port(), []
-    for rank in range(2):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
-            "--master_addr=127.0.0.1", f"--master_port={port}", str(script),
-        ]  # fmt: skip
-        own = folder / f"node{rank}"
-        command += arguments(bags, own, ("--resume",), data__cache_dir=own / "cache", **overrides)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        nodes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return nodes
+@pytest.fixture
+def start_two_nodes(sample_bags: Path, tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen]]]:
+    """A function that starts two torchruns on loopback (--nnodes=2) with output and cache directories of their own;
+    none of them outlives the test."""
+    nodes: list[subprocess.Popen] = []
+
+    def start(script: Path = ROOT / "train.py", **overrides) -> list[subprocess.Popen]:
+        port = free_port()
+        for rank in range(2):
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}", str(script),
+            ]  # fmt: skip
+            own = tmp_path / f"node{rank}"
+            command += arguments(sample_bags, own, ("--resume",), data__cache_dir=own / "cache", **overrides)
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            nodes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        return nodes[-2:]
+
+    yield start
+    for node in nodes:
+        node.terminate()  # which it passes on to its rank
+        node.wait()
 
 
-def test_two_nodes_without_a_shared_disk(sample_bags: Path, tmp_path: Path):
+def test_two_nodes_without_a_shared_disk(start_two_nodes, tmp_path: Path):
     """Only rank 0 wrote, and the resumed second half gets its state from rank 0."""
     for steps in (2, 4):
-        nodes = start_two_nodes(sample_bags, tmp_path, training__steps=steps)
+        nodes = start_two_nodes(training__steps=steps)
         results = [node.communicate(timeout=200) for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], results
     assert load_training_state(tmp_path / "node0/run/last")["step"] == 4
@@ -307,10 +318,10 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_node_that_is_stopped_while_it_decodes_stops_the_others(sample_bags: Path, tmp_path: Path):
+def test_a_node_that_is_stopped_while_it_decodes_stops_the_others(start_two_nodes, tmp_path: Path):
     """They would wait for its bags for ever, in no collective that could time out."""
     (tmp_path / "probe.py").write_text(STOPPED_EARLY)
-    nodes = start_two_nodes(sample_bags, tmp_path, script=tmp_path / "probe.py")
+    nodes = start_two_nodes(script=tmp_path / "probe.py")
     results = [node.communicate(timeout=60) for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], results
     assert "stopped by another rank before the first step" in results[0][1]
