@@ -1118,12 +1118,12 @@ def hold_signals() -> Iterator[Callable[[], None]]:
     def release() -> None:
         while previous:
             signal.signal(*previous.popitem())
+        while received:
+            signal.raise_signal(received.pop(0))
 
     def answer() -> None:
         if received:
             release()
-            while received:
-                signal.raise_signal(received.pop(0))
             hold()
 
     hold()
@@ -1131,8 +1131,6 @@ def hold_signals() -> Iterator[Callable[[], None]]:
         yield answer
     finally:
         release()
-        while received:
-            signal.raise_signal(received.pop(0))
 
 
 def _start_worker(counters: Any) -> None:

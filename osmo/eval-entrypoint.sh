@@ -75,7 +75,8 @@ echo "eval-entrypoint: evaluating $newest"
 # -- the dataset --------------------------------------------------------------------------------------------------
 
 [[ -d $dataset ]] || die "$dataset: no such directory; the evaluation dataset's input is not there"
-mapfile -t found < <(find -L "$(realpath "$dataset")" -path '*/meta/info.json' -printf '%h\n' | xargs -rd '\n' dirname | sort)
+mapfile -t found < <(find -L "$(realpath "$dataset")" -path '*/meta/info.json' -printf '%h\n' | sort)
+found=("${found[@]%/meta}")
 [[ -n ${found[*]} ]] || die "$dataset: no LeRobot dataset below it (no meta/info.json); upload its folder, see README.md"
 [[ -z ${found[1]:-} ]] || die "$dataset: several LeRobot datasets (${found[*]}); give --dataset one of these folders"
 
@@ -85,10 +86,11 @@ mkdir -p "$output" || die "$output: cannot be made"
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 rc=0
-cd "$results" # so that the log and the report name the results without this folder, which goes away
-python -m ur10e_deploy.offline_eval --checkpoint "$newest" --dataset "${found[0]}" --episode "${episodes[@]}" \
-  --skip-missing-episodes --device "$EVAL_DEVICE" --output eval "$@" || rc=$?
-cd - >/dev/null
+(
+  cd "$results" # so that the log and the report name the results without this folder, which goes away
+  python -m ur10e_deploy.offline_eval --checkpoint "$newest" --dataset "${found[0]}" --episode "${episodes[@]}" \
+    --skip-missing-episodes --device "$EVAL_DEVICE" --output eval "$@"
+) || rc=$?
 ((rc == 0 || rc == 3)) || die "the evaluation failed with exit code $rc; its own line is above"
 compgen -G "$results/eval/episode_*.parquet" >/dev/null || die "the evaluation wrote no episode_NNN.parquet"
 cp -r "$results/eval/." "$output" || die "$output: could not copy the results there"

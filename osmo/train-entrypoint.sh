@@ -74,9 +74,10 @@ fi
 if [[ -n $resume_from ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; then
   [[ -d $resume_from ]] || die "--resume-from=$resume_from: no such directory; the input with the earlier attempt"
   PYTHONPATH=$here python - "$resume_from/$(basename "$run_dir")" "$run_dir" <<'PY' || die "could not take up $resume_from"
-import json, os, shutil, sys
+import os, shutil, sys
 from pathlib import Path
 from lerobot_checkpoint import CheckpointError, newest_checkpoint, point_link, verify_checkpoint
+from run_summary import read_metrics
 
 earlier, run_dir = map(Path, sys.argv[1:])
 
@@ -92,15 +93,10 @@ newest = newest_checkpoint(earlier, on_bad=lambda line: print(f"train-entrypoint
 if newest is None:
     print(f"train-entrypoint: no complete checkpoint of an earlier attempt in {earlier}: starting at step 0")
     sys.exit()
-scores = {}
 if (earlier / "metrics.jsonl").exists():
-    for line in (earlier / "metrics.jsonl").read_text().splitlines():
-        try:
-            score = json.loads(line)
-            scores[score["step"]] = score["val_l1_loss"]
-        except (ValueError, KeyError):  # a line cut short, or one without a validation
-            continue
     shutil.copy(earlier / "metrics.jsonl", run_dir)
+_, validations = read_metrics(earlier / "metrics.jsonl")
+scores = {line["step"]: line["val_l1_loss"] for line in validations}
 fetch(newest)
 print(f"train-entrypoint: taking up {newest.name} of an earlier attempt")
 if scores:  # links are not uploaded: point `best` at the same checkpoint again

@@ -111,9 +111,12 @@ def test_another_number_of_ranks_keeps_the_place_and_is_said(sample_bags: Path, 
     assert load_training_state(tmp_path / "run/last")["samples_seen"] == 3 * 4 + 2
 
 
-def start(bags: Path, folder: Path, *options: str, **overrides) -> subprocess.Popen:
-    command = [*torchrun(2, *options), str(ROOT / "train.py"), *arguments(bags, folder, ("--resume",), **overrides)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(bags: Path, folder: Path, *options: str, script: Path = ROOT / "train.py", **overrides) -> subprocess.Popen:
+    command = [*torchrun(2, *options), str(script), *arguments(bags, folder, ("--resume",), **overrides)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
@@ -209,19 +212,16 @@ class Run(train._NoWandb):
     def finish(self, exit_code=None):
         time.sleep(3)
 train._init_wandb = lambda cfg, output_dir, is_main, run_id: Run() if is_main else train._NoWandb()
-sys.exit(train.main(sys.argv[2:]))
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
 def test_a_stop_is_marked_though_rank_0_has_to_close_its_logs(sample_bags: Path, tmp_path: Path):
     """SIGTERM to the ranks themselves: none leaves before rank 0 has written stopped.json, because torchrun then ends
     the others."""
-    (tmp_path / "probe.py").write_text(SLOW_TO_FINISH)
-    command = [*torchrun(2), str(tmp_path / "probe.py"), "train.py"]
-    process = subprocess.Popen(
-        [*command, *arguments(sample_bags, tmp_path, training__steps=5000, training__log_freq=1)], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    probe = tmp_path / "probe_train.py"
+    probe.write_text(SLOW_TO_FINISH)
+    process = start(sample_bags, tmp_path, script=probe, training__steps=5000, training__log_freq=1)
     wait_for_step(tmp_path / "run", 2, process)
     for rank in ranks_of(process):
         os.kill(rank, signal.SIGTERM)
