@@ -135,6 +135,24 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
     assert os.readlink(second.run_dir / "best") == os.readlink(finished / RUN_DIR / "best")
 
 
+def test_the_best_checkpoint_is_found_again(finished: Path, sample_bags: Path, tmp_path: Path):
+    """Links are not uploaded: the lowest validation in metrics.jsonl tells which it was, and only that one and the
+    newest are taken up. (The run is complete: no later checkpoint can become the best.)"""
+    stored = tmp_path / "stored"
+    upload(finished / RUN_DIR, stored)
+    path = stored / "train-rosbag-act/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "val_l1_loss" in line:
+            line["val_l1_loss"] = {3: 2.0, 6: 1.0, 9: 3.0}[line["step"]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: stored})
+    assert box.run() == 0, box.log()
+    assert [each.name for each in list_checkpoints(box.run_dir)] == ["checkpoint_000006", "checkpoint_000009"]
+    assert os.readlink(box.run_dir / "best") == "checkpoint_000006"
+    assert (box.delivered / "train-rosbag-act/best.txt").read_text() == "checkpoint_000006\n"
+
+
 def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Path, tmp_path: Path):
     """SIGTERM while Python still imports (here: a module that takes long), so that train.py cannot heed it yet: 75 all
     the same."""
