@@ -63,9 +63,9 @@ from rosbag_dataset import (
     compute_stats,
     load_episodes,
     open_pixels,
-    report_table,
     settings_from,
     split_episodes,
+    sync_table,
 )
 
 VERSION = "0.1.0"
@@ -946,8 +946,10 @@ def open_output(cfg: Config, overwrite: bool) -> Path | None:
 def source_version() -> dict[str, str]:
     """The trainer's version and a hash of its root modules: an injected copy has no git history to ask."""
     digest = hashlib.sha256()
-    for name in ("train.py", "act_model.py", "augment.py", "rosbag_dataset.py", "lerobot_checkpoint.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    root = Path(__file__).parent
+    modules = [root / name for name in ("train.py", "act_model.py", "augment.py", "lerobot_checkpoint.py")]
+    for path in [*modules, *sorted((root / "rosbag_dataset").glob("*.py"))]:
+        digest.update(path.read_bytes())
     return {"version": VERSION, "source_sha256": digest.hexdigest()}
 
 
@@ -976,8 +978,8 @@ def fingerprint(cfg: Config, act: ACTConfig, train: list[Episode], held_out: lis
         **{f"conventions.{name}": value for name, value in dataclasses.asdict(cfg.conventions).items()},
         "cameras": cfg.cameras,
         "training.seed": cfg.training.seed,
-        "training episodes": {e.name: e.content for e in train},
-        "held-out episodes": {e.name: e.content for e in held_out},
+        "training episodes": {e.name: e.content_hash for e in train},
+        "held-out episodes": {e.name: e.content_hash for e in held_out},
     }
 
 
@@ -1088,8 +1090,8 @@ class Trainer:
                     f"ranks {rank} and {world.rank} have different data: {different}; give every node the same bags"
                 )
         if world.is_main:
-            reports = [episode.report for episode in episodes]
-            print(report_table(reports))
+            reports = [episode.sync_report for episode in episodes]
+            print(sync_table(reports))
             report = {"episodes": reports, "skipped": self.skipped, "held_out": [e.name for e in self.held_out]}
             (self.output_dir / "sync_report.json").write_text(json.dumps(report, indent=2))
             for line in [*floored, *resize_notes(episodes, settings)]:
@@ -1444,7 +1446,7 @@ class Trainer:
         self.world.barrier()
 
     def _summarise(self) -> None:
-        cfg, frames = self.cfg, [e.report for e in self.episodes]
+        cfg, frames = self.cfg, [e.sync_report for e in self.episodes]
         both = (self.held_out, self.train_episodes)
         held_out, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in both)  # with any action
         self.model.eval()

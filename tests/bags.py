@@ -23,18 +23,18 @@ from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, Qo
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-import rosbag_dataset as rd
+from rosbag_dataset import UR_JOINTS, BagSettings, Recording, settings_from
 
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 T0_NS = 1_700_000_000 * 10**9
-JOINTS = rd.UR_JOINTS
+JOINTS = UR_JOINTS
 JOINT_TOPIC, CAMERA_TOPIC = "/joint_states", "/camera/color/image_raw"
 MCAP_MAGIC = b"\x89MCAP0\r\n"
 
 Message = tuple[str, int, Any]  # topic, receive time in ns, message
 
 
-def settings(bag_dir: Path, cache_dir: Path | None = None, **changes: Any) -> rd.BagSettings:
+def settings(bag_dir: Path, cache_dir: Path | None = None, **changes: Any) -> BagSettings:
     """The defaults of config.yaml for the topics of a take; `changes` are keys of its data and conventions."""
     values = dict(
         bag_dir=bag_dir,
@@ -55,7 +55,7 @@ def settings(bag_dir: Path, cache_dir: Path | None = None, **changes: Any) -> rd
         action_mode="delta",
         on_bad_bag="error",
     )
-    return rd.settings_from(values | changes)
+    return settings_from(values | changes)
 
 
 # -- messages -----------------------------------------------------------------------------------------------------
@@ -123,10 +123,10 @@ class Take:
         ]
         return sorted(joints + images, key=lambda m: m[1])
 
-    def recording(self) -> rd.Recording:
+    def recording(self) -> Recording:
         """The same without a bag in between, for tests of synchronise()."""
         shape = {"color": self.images.shape[1:3]}
-        return rd.Recording(self.joint_ns, self.joint_rad, {"color": self.camera_ns}, shape, shape)
+        return Recording(self.joint_ns, self.joint_rad, {"color": self.camera_ns}, shape, shape)
 
 
 def clock(seconds: float, hz: float, start_s: float = 0.0) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""What several test files share: sample bags of the simulated UR10e, recorded once per test run."""
+"""What several test files share: sample bags of the simulated UR10e, recorded once per test run; a small disk."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two pytest workers share two cores
@@ -10,6 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two pytest workers share tw
 import pytest  # noqa: E402
 
 from sim.record import record  # noqa: E402
+from tests.bags import make_take, write_bag  # noqa: E402
+from tests.checks import TAKE  # noqa: E402
 from tests.once import once  # noqa: E402
 
 
@@ -21,3 +25,23 @@ def sample_bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record(folder / "bags", episodes=6, seed=7, storage="mcap", height=96, width=128)
 
     return once(tmp_path_factory, "sample", make) / "bags"
+
+
+@pytest.fixture
+def bag_dir(tmp_path: Path) -> Path:
+    """A folder with two bags, one of each storage."""
+    write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    write_bag(tmp_path / "bags" / "b", make_take(seconds=0.4, seed=1).messages(), "mcap")
+    return tmp_path / "bags"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)

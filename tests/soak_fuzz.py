@@ -25,7 +25,7 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from tqdm import tqdm
 
-import rosbag_dataset as rd
+from rosbag_dataset import BagError, compute_stats, find_bags, read_bag, synchronise
 from tests import bags
 
 SOURCES = {  # name -> (storage, compression, header stamps, compressed images)
@@ -101,13 +101,13 @@ def read(folder: Path, time_source: str) -> str:
     """Everything the trainer does with a bag, short of the cache; -> "read" or the refusal."""
     settings = bags.settings(folder, time_source=time_source)
     try:
-        for bag in rd.find_bags(folder):
+        for bag in find_bags(folder):
             bag.identity()
-            recording = rd.read_bag(bag, settings, lambda camera, image: None)
-            episode = rd.synchronise(bag.name, recording, settings)
-            rd.compute_stats([episode], "imagenet", "delta")
+            recording = read_bag(bag, settings, lambda camera, image: None)
+            episode = synchronise(bag.name, recording, settings)
+            compute_stats([episode], "imagenet", "delta")
         return "read"
-    except rd.BagError as error:
+    except BagError as error:
         assert "\n" not in str(error), error
         return str(error)
 

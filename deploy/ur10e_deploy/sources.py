@@ -24,8 +24,20 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-import rosbag_dataset
-from rosbag_dataset import Bag, BagError, Episode
+from rosbag_dataset import (
+    Bag,
+    BagError,
+    EntryError,
+    Episode,
+    build_entry,
+    cache_key,
+    clean_cache,
+    find_bags,
+    load_entry,
+    open_pixels,
+    settings_from,
+    synchronise,
+)
 
 
 class SourceError(Exception):
@@ -152,11 +164,9 @@ class BagSource:
     def __init__(self, bag_dir: Path, values: Mapping[str, Any], cache_dir: Path, progress: bool = True) -> None:
         self._dir = Path(bag_dir)
         with self._bag_errors("the checkpoint's settings"):
-            self._settings = rosbag_dataset.settings_from(
-                {**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)}
-            )
+            self._settings = settings_from({**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)})
         try:
-            self._bags: list[Bag] = rosbag_dataset.find_bags(self._dir)
+            self._bags: list[Bag] = find_bags(self._dir)
         except BagError:
             found = "none" if self._dir.is_dir() else "a file" if self._dir.exists() else "nothing"
             raise SourceError(
@@ -183,7 +193,7 @@ class BagSource:
         digest = hashlib.sha256()
         for bag in self._bags:
             try:
-                digest.update(f"{bag.name}\0{bag.identity()}\0".encode())
+                digest.update(f"{bag.name}\0{bag.content_hash()}\0".encode())
             except OSError as error:
                 raise SourceError(f"{self._dir}: {bag.name}: {error.strerror or error}") from None
         conventions = ("fps", "action_mode", "apply_joint_sign", "joint_sign", "wrap_angles", "image_resize")
@@ -217,7 +227,7 @@ class BagSource:
         episode = self._load(index)
         wanted = frame_range(episode.name, len(episode.time_ns), start, stop)
         # Memory maps: what has been read is page cache, which the system takes back when it needs it.
-        pixels = {camera: rosbag_dataset.open_pixels(episode, camera) for camera in episode.image_shape}
+        pixels = {camera: open_pixels(episode, camera) for camera in episode.image_shape}
         return (
             Frame(
                 i,
@@ -239,20 +249,20 @@ class BagSource:
             return self._loaded[index]
         bag, settings = self._bag(index), self._settings
         with self._bag_errors(str(self._dir)):
-            key = rosbag_dataset.cache_key(bag, bag.identity(), settings)
+            key = cache_key(bag, bag.content_hash(), settings)
             entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
             try:
-                recording = rosbag_dataset.load_entry(entry, cameras)
-            except rosbag_dataset.EntryError:
-                rosbag_dataset.clean_cache(settings.cache_dir)
+                recording = load_entry(entry, cameras)
+            except EntryError:
+                clean_cache(settings.cache_dir)
                 total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
                 with tqdm(
                     total=total or None, desc=f"decoding {bag.name}", unit="image", leave=False,
                     disable=not self._progress,
                 ) as bar:  # fmt: skip
-                    rosbag_dataset.build_entry(bag, key, settings, lambda images, size: bar.update(images))
-                recording = rosbag_dataset.load_entry(entry, cameras)
-            episode = rosbag_dataset.synchronise(bag.name, recording, settings)
+                    build_entry(bag, key, settings, lambda images, size: bar.update(images))
+                recording = load_entry(entry, cameras)
+            episode = synchronise(bag.name, recording, settings)
         first = next(iter(self._loaded.values()), episode)
         if episode.image_shape != first.image_shape:
             raise SourceError(

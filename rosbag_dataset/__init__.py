@@ -1,0 +1,67 @@
+"""ROS 2 bags to ACT training samples, without ROS and without a data set in between.
+
+The way of the data, with the room (module) that does each step:
+
+    folder -> bags         bags.py, opened by storage.py   which recordings there are, and their messages as bytes
+    bag -> recording       reading.py                      one pass: topics.py takes time stamps and joint positions
+                                                           out of the messages, images.py pixels
+    recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
+    entry -> episode       synchronisation.py              at every start: time grid, states, actions, segments
+    folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
+    episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
+
+Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation),
+inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), errors.py.
+
+The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, and
+the joint positions. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`, `wrap_angles` or
+`action_mode` never reads a bag again.
+
+The package knows bags, time and pixels; it knows no model, no checkpoint and no process group, and needs neither ROS
+nor torch. Imports among its rooms run one way (tests/test_imports.py). Other packages import what `__all__` names,
+from here.
+"""
+
+from .bags import Bag, find_bags
+from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
+from .episodes import load_episodes, split_episodes
+from .errors import BagError, SetupError
+from .images import COMPRESSED_TYPE, IMAGE_TYPE, RESIZE_INTERPOLATION, resize_image
+from .inspection import sync_table
+from .reading import Recording, read_bag
+from .samples import ChunkDataset, open_pixels
+from .settings import UR_JOINTS, BagSettings, settings_from
+from .statistics import compute_stats
+from .synchronisation import Episode, synchronise, wrap_to_pi
+from .topics import typestore_for
+
+__all__ = [
+    "COMPRESSED_TYPE",
+    "IMAGE_TYPE",
+    "RESIZE_INTERPOLATION",
+    "UR_JOINTS",
+    "Bag",
+    "BagError",
+    "BagSettings",
+    "ChunkDataset",
+    "EntryError",
+    "Episode",
+    "Recording",
+    "SetupError",
+    "build_entry",
+    "cache_key",
+    "clean_cache",
+    "compute_stats",
+    "find_bags",
+    "load_entry",
+    "load_episodes",
+    "open_pixels",
+    "read_bag",
+    "resize_image",
+    "settings_from",
+    "split_episodes",
+    "sync_table",
+    "synchronise",
+    "typestore_for",
+    "wrap_to_pi",
+]

@@ -1,0 +1,143 @@
+"""Which recordings a folder holds: their names, their files, and a hash of their bytes.
+
+Knows: how rosbag2 lays a recording out in a folder, and what metadata.yaml says of it.
+Must not know: what is inside a storage file (storage.py), topics, the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .errors import BagError
+
+# libyaml, ten times as fast, where PyYAML was built with it: metadata.yaml files were most of a warm start.
+FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One recording, one episode: a folder with metadata.yaml and its storage files, or a bare storage file.
+
+    Opened by storage.open_storage().
+    """
+
+    name: str  # path relative to bag_dir: the episode's name everywhere
+    path: Path
+    files: tuple[Path, ...]
+    claimed: dict[str, int] | None  # topic -> message count according to metadata.yaml; None where there is none
+    compression: str  # "", "file" or "message"
+    problem: str = ""  # why this cannot be a usable bag, found before opening it
+
+    def content_hash(self, full: bool = False) -> str:
+        """SHA-256 of the recording's bytes, in hex; bags with the same one count as copies.
+
+        It covers metadata.yaml, and of each storage file its size and the first and last MiB: enough to notice a bag
+        that was recorded anew, and quick. With `full` it covers every byte of each file instead.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        digest = hashlib.sha256()
+        metadata = self.path / "metadata.yaml"
+        if self.claimed is not None:
+            digest.update(metadata.read_bytes())
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(str(size).encode())
+            with file.open("rb") as stream:
+                if full:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+                else:
+                    digest.update(stream.read(1 << 20))
+                    stream.seek(max(0, size - (1 << 20)))
+                    digest.update(stream.read(1 << 20))
+        return digest.hexdigest()
+
+
+def find_bags(bag_dir: Path) -> list[Bag]:
+    """All bags below `bag_dir`, sorted by name: folders with a metadata.yaml, and bare .db3 / .mcap files.
+
+    Hidden names are passed over (unfinished downloads start with a dot). ROS 1 `.bag` files are returned with their
+    `problem` set, so that they are reported and not silently ignored.
+
+    Raises:
+        BagError: the folder does not exist or holds no bag.
+    """
+    if not bag_dir.is_dir():
+        found = "a file" if bag_dir.exists() else "nothing"
+        raise BagError(
+            f"data.bag_dir: {bag_dir}: expected a folder of ROS 2 bags, found {found} there; "
+            "set data.bag_dir in the config or with --override data.bag_dir=PATH"
+        )
+    bags: list[Bag] = []
+    seen: set[Path] = set()
+    for folder, folders, files in os.walk(bag_dir, followlinks=True):
+        path = Path(folder)
+        real = path.resolve()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        if "metadata.yaml" in files:
+            folders.clear()
+            bags.append(_bag_folder(path, _episode_name(path, bag_dir)))
+            continue
+        for file in sorted(f for f in files if not f.startswith(".")):
+            if file.endswith((".db3", ".mcap")):
+                name = _episode_name(path / file, bag_dir)
+                bags.append(Bag(name, path / file, (path / file,), None, ""))
+            elif file.endswith(".bag"):
+                problem = "is a ROS 1 bag file; convert it first: rosbags-convert --src FILE.bag --dst FOLDER"
+                bags.append(Bag(_episode_name(path / file, bag_dir), path / file, (path / file,), None, "", problem))
+    if not bags:
+        raise BagError(
+            f"data.bag_dir: {bag_dir}: found no ROS 2 bag in it or below; expected folders with metadata.yaml and "
+            ".db3 or .mcap files; check the path, or record sample bags with: python -m sim.record --out DIR"
+        )
+    return sorted(bags, key=lambda bag: bag.name)
+
+
+def _episode_name(path: Path, bag_dir: Path) -> str:
+    relative = path.relative_to(bag_dir)
+    return relative.as_posix() if relative.parts else bag_dir.resolve().name
+
+
+def _bag_folder(path: Path, name: str) -> Bag:
+    """The bag in a folder with a metadata.yaml; what is wrong with it goes into the bag's `problem`.
+
+    metadata.yaml is read with tolerance: only the list of files and the message counts are taken from it, and the
+    storage files are opened directly. A rosbag2 folder that is read through its metadata yields nothing when a QoS
+    profile or a file name differs.
+    """
+    present = sorted(
+        p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith((".db3", ".mcap", ".zstd"))
+    )
+    try:
+        info = yaml.load((path / "metadata.yaml").read_text(), Loader=FAST_YAML)["rosbag2_bagfile_information"]
+        listed = [path / Path(p).name for p in info["relative_file_paths"]]
+        mode = str(info.get("compression_mode") or "").lower()
+        claimed: dict[str, int] = {}
+        for entry in info["topics_with_message_count"]:
+            topic = entry["topic_metadata"]["name"]
+            claimed[topic] = claimed.get(topic, 0) + int(entry["message_count"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as exc:
+        reason = " ".join(str(exc).split())
+        problem = (
+            f"metadata.yaml is not a rosbag2 metadata file ({type(exc).__name__}: {reason}); "
+            "rewrite it with: ros2 bag reindex"
+        )
+        return Bag(name, path, tuple(present), {}, "", problem)
+    missing = [p.name for p in listed if not p.exists()]
+    if missing and len(present) != len(listed):  # the same number of files under other names: renamed, fine
+        problem = f"metadata.yaml lists {', '.join(missing)}, which is not there (found {[p.name for p in present]})"
+        return Bag(name, path, tuple(present), claimed, "", problem)
+    files = tuple(present if missing else listed)
+    problem = "" if files else "metadata.yaml lists no storage file"
+    return Bag(name, path, files, claimed, mode if mode in ("file", "message") else "", problem)

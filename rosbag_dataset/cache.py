@@ -1,0 +1,196 @@
+"""Decoded recordings on disk: each bag's pixels, times and joints in an entry of their own, whole or absent.
+
+An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every setting that changes pixels or times.
+
+    CAMERA.rgb           stored images one after the other, (H, W, 3) uint8 each, in file order
+    CAMERA.time_ns.npy   their times, int64 ns
+    joint_time_ns.npy    int64 ns
+    joint_rad.npy        (M, J) float64
+    meta.json            sizes of the images; written last
+    CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
+
+Knows: names and layout of these files, several processes that build at once, disks that fill up.
+Must not know: fps, segments, actions: what changes without decoding a bag again is not in an entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bags import Bag
+from .errors import DISK_FULL, SetupError
+from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
+from .reading import Recording, read_bag
+from .settings import BagSettings
+
+CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
+
+
+class EntryError(Exception):
+    """A cache entry that is not there, or not whole: what is missing or cut short."""
+
+
+def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
+    """Names a cache entry: 24 hex digits from the bag's bytes and name, and every setting that changes stored pixels
+    or times. `content_hash` is bag.content_hash()."""
+    parts = {
+        "version": CACHE_VERSION,
+        "name": bag.name,
+        "identity": content_hash,  # the name under which it was always hashed: another one would orphan every entry
+        "joint_topic": settings.joint_topic,
+        "camera_topics": settings.camera_topics,
+        "joint_names": settings.joint_names,
+        "time_source": settings.time_source,
+        "ros_distro": settings.ros_distro,
+        "image_resize": settings.image_resize,
+        "interpolation": RESIZE_INTERPOLATION,
+        "depth_m_per_level": DEPTH_M_PER_LEVEL,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def pixels_file(camera: str) -> str:
+    """The name of a camera's stored images inside an entry."""
+    return f"{camera}.rgb"
+
+
+def build_entry(
+    bag: Bag, key: str, settings: BagSettings, on_message: Callable[[int, int], None] | None = None
+) -> None:
+    """Decode one bag into `cache_dir/key`, atomically; safe when other processes build the same entry.
+
+    Whoever comes second waits for the lock and finds the entry done. An entry that is damaged is made again.
+
+    Args:
+        bag: from find_bags().
+        key: from cache_key().
+        settings: where the cache is, and what to read.
+        on_message: called as on_message(images, bytes) for progress.
+
+    Raises:
+        BagError: a bad recording, or a disk that is full (nothing half-written stays behind).
+    """
+    cache_dir, entry = settings.cache_dir, settings.cache_dir / key
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with (cache_dir / f"{key}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that is caching {bag.name}", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                load_entry(entry, list(settings.camera_topics))
+                return
+            except EntryError as fault:
+                if entry.exists():
+                    print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
+            building = cache_dir / f".{key}.{os.getpid()}"
+            # A killed process may have had this id, as is usual in containers.
+            shutil.rmtree(building, ignore_errors=True)
+            try:
+                building.mkdir()
+                _write_entry(bag, building, settings, on_message)
+                shutil.rmtree(entry, ignore_errors=True)
+                os.rename(building, entry)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    except OSError as exc:
+        if exc.errno in DISK_FULL:
+            raise SetupError(
+                f"data.cache_dir: {cache_dir}: the disk is full while caching {bag.name}; free some space, set "
+                "data.cache_dir to a larger disk, or store smaller frames with conventions.image_resize"
+            ) from exc
+        raise SetupError(
+            f"data.cache_dir: {cache_dir}: cannot write the frame cache there ({exc.strerror or exc})"
+        ) from exc
+
+
+def clean_cache(cache_dir: Path) -> None:
+    """Remove half-made entries of processes that were killed: those whose lock nobody holds any more."""
+    for leftover in cache_dir.glob(".*.*"):
+        with (
+            (cache_dir / f"{leftover.name.split('.')[1]}.lock").open("w") as lock,
+            contextlib.suppress(BlockingIOError),
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_entry(
+    bag: Bag, building: Path, settings: BagSettings, on_message: Callable[[int, int], None] | None
+) -> None:
+    expected: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+
+        def sink(camera: str, image: np.ndarray) -> None:
+            if camera not in files:
+                files[camera] = stack.enter_context((building / pixels_file(camera)).open("wb"))
+                if hasattr(os, "posix_fallocate"):  # a disk that is too small says so at once, not after an hour
+                    os.posix_fallocate(files[camera].fileno(), 0, expected[camera] * image.nbytes)
+            files[camera].write(memoryview(np.ascontiguousarray(image)).cast("B"))
+
+        recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
+    save(building / "joint_time_ns.npy", recording.joint_time_ns)
+    save(building / "joint_rad.npy", recording.joint_rad)
+    for camera, times in recording.camera_time_ns.items():
+        save(building / f"{camera}.time_ns.npy", times)
+    meta = {"bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape}
+    save(building / "meta.json", json.dumps(meta).encode())
+    for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
+        flush(file)
+
+
+def save(path: Path, content: np.ndarray | bytes) -> None:
+    """Write an array in numpy's format, or bytes, with an OSError that says why it failed.
+
+    np.save to a file says neither why nor errno when the disk is full.
+    """
+    if isinstance(content, np.ndarray):
+        buffer = io.BytesIO()
+        np.save(buffer, content)
+        content = buffer.getvalue()
+    path.write_bytes(content)
+
+
+def flush(path: Path) -> None:
+    """To the disk for good: after a power failure a file that was only written may be zeros, black frames."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
+    """Read a cache entry's times and joints (pixels stay on disk: samples.open_pixels).
+
+    Raises:
+        EntryError: it is not whole. Of pixels the size alone is looked at.
+    """
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        recording = Recording(
+            np.load(entry / "joint_time_ns.npy"),
+            np.load(entry / "joint_rad.npy"),
+            {camera: np.load(entry / f"{camera}.time_ns.npy") for camera in cameras},
+            {camera: tuple(meta["image_shape"][camera]) for camera in cameras},
+            {camera: tuple(meta["source_shape"][camera]) for camera in cameras},
+        )
+        for camera, (height, width) in recording.image_shape.items():
+            file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
+            if (size := file.stat().st_size) < expected:
+                raise EntryError(f"{file}: {size} bytes, expected {expected}")
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise EntryError(f"{entry}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    return recording

@@ -1,0 +1,176 @@
+"""Many bags into the cache at once: a pool of processes, one bag each, that stops cleanly when it is asked to.
+
+Knows: processes, signals, the progress bar, how a killed process shows.
+Must not know: what an entry holds (cache.py), and which bags want one (episodes.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from .bags import Bag
+from .cache import build_entry, clean_cache
+from .errors import BagError
+from .settings import BagSettings
+from .topics import typestore_for
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_counters: Any = None  # (images, bytes) shared with the decoding processes
+
+
+def build_entries(
+    todo: Sequence[Bag], keys: dict[str, str], settings: BagSettings, workers: int, progress: bool, stop_early: bool
+) -> list[tuple[Bag, BagError]]:
+    """Decode bags into the cache, in parallel.
+
+    Args:
+        todo: the bags that are not cached yet.
+        keys: bag name -> cache key.
+        settings: what to read and where the cache is.
+        workers: processes; 0 means what keeps the cores busy. At most one per bag.
+        progress: show a progress bar.
+        stop_early: the first bad bag ends it, without waiting for those half decoded.
+
+    Returns:
+        The bags that failed, each with its error; with `stop_early` those found until it stopped.
+
+    Raises:
+        BagError: a decoding process was killed.
+    """
+    if not todo:
+        return []
+    clean_cache(settings.cache_dir)
+    typestore_for(settings.ros_distro)  # the processes inherit it
+    workers = min(workers or _decoding_processes(), len(todo))
+    total = sum((bag.claimed or {}).get(topic, 0) for bag in todo for topic in settings.camera_topics.values())
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # spawn would import torch again
+    context = multiprocessing.get_context(method)
+    counters = context.Array("q", [0, 0])
+    failed: list[tuple[Bag, BagError]] = []
+    bar = tqdm(
+        total=total or None, desc=f"decoding {len(todo)} bags", unit="frame", disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )  # fmt: skip
+    opencv_threads = cv2.getNumThreads()
+    # One bag per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
+    # child that touches it (even to switch it off) waits for threads that are not there.
+    cv2.setNumThreads(1)
+    with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
+        pending: set[Future] = set()
+        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
+        try:
+            bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
+            pending = set(bag_of)
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+            while pending and not (failed and stop_early):
+                done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
+                answer()
+                images, size = counters.get_obj()  # without the lock: a process that was killed may have had it
+                bar.n = images
+                rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
+                bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
+                for future in done:
+                    error = future.result()
+                    if error is not None:
+                        failed.append((bag_of[future], error))
+        except BrokenProcessPool:
+            raise BagError(
+                "data.bag_dir: a process that decodes bags was killed, most likely for want of memory; "
+                "free some and start again (the bags that were finished stay cached)"
+            ) from None
+        finally:
+            if pending:
+                # Asked to stop, or a bag is bad: do not wait for those half decoded, whose entries are discarded.
+                # The pool fails the futures that are left. Up to Python 3.11 its thread dies with a traceback on one
+                # that was cancelled: nothing here may cancel them, so that a stop stays one line.
+                for process in list(pool._processes.values()):
+                    process.terminate()
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+            cv2.setNumThreads(opencv_threads)
+    return failed
+
+
+def _decoding_processes() -> int:
+    """One per core that this process may use, and a few more: each waits for the disk when it flushes an entry."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + max(1, cores // 4)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[Callable[[], None]]:
+    """Hold back SIGINT and SIGTERM; -> a function that lets those that have come be answered, at a place fit for it.
+
+    A handler that raises in the middle of concurrent.futures leaves locks taken that its threads then wait for, for
+    ever; in the middle of a fork it raises in the child. A signal mask is not enough: the main thread answers also
+    what another thread has received. (Outside the main thread there is nothing to hold: handlers do not run there.)
+    """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def hold() -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                previous[number] = signal.signal(number, lambda number, frame: received.append(number))
+
+    def release() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+        while received:
+            signal.raise_signal(received.pop(0))
+
+    def answer() -> None:
+        if received:
+            release()
+            hold()
+
+    hold()
+    try:
+        yield answer
+    finally:
+        release()
+
+
+# -- inside a decoding process ------------------------------------------------------------------------------------
+
+
+def _start_worker(counters: Any) -> None:
+    global _counters
+    _counters = counters
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it terminates us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A pool's process waits for work for ever when the process that would give it is killed."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _count(images: int, size: int) -> None:
+    if _counters is not None:
+        with _counters.get_lock():
+            _counters[0] += images
+            _counters[1] += size
+
+
+def _build_one(bag: Bag, key: str, settings: BagSettings) -> BagError | None:
+    try:
+        build_entry(bag, key, settings, _count)
+    except BagError as error:
+        return type(error)(str(error))  # without its cause, which may not survive the trip between processes
+    return None

@@ -1,0 +1,129 @@
+"""A folder of bags to episodes, from the cache where it has them, and their split into training and validation.
+
+Knows: the order of the steps, what to do about a bad bag (data.on_bad_bag), which bags are copies of each other.
+Must not know: how any single step is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from .bags import Bag, find_bags
+from .cache import EntryError, build_entry, cache_key, load_entry
+from .decoding import build_entries
+from .errors import BagError, SetupError
+from .images import height_by_width
+from .settings import BagSettings
+from .storage import storage_errors
+from .synchronisation import Episode, synchronise
+
+Shapes = dict[str, tuple[int, int]]  # camera -> (H, W)
+
+
+def load_episodes(
+    settings: BagSettings, workers: int = 0, progress: bool = True
+) -> tuple[list[Episode], list[dict[str, str]]]:
+    """All episodes below `bag_dir`, from the cache where it has them, else decoded first (in parallel over bags).
+
+    Args:
+        settings: where and how.
+        workers: processes that decode bags; 0 means what keeps the cores busy, at most one per bag.
+        progress: show a progress bar while decoding.
+
+    Returns:
+        (episodes sorted by name, skipped bags as {"bag", "why"}; empty unless on_bad_bag is "skip").
+
+    Raises:
+        BagError: no bags, or a bad one with on_bad_bag "error".
+    """
+    bags = find_bags(settings.bag_dir)
+    skipped: list[dict[str, str]] = []
+    stop_early = settings.on_bad_bag != "skip"
+
+    def raise_or_skip(bag: Bag, error: BagError) -> None:
+        if stop_early or isinstance(error, SetupError):
+            raise error
+        print(f"skipped bag {error}", file=sys.stderr, flush=True)
+        skipped.append({"bag": bag.name, "why": str(error)})
+
+    hashes: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    failed: dict[str, BagError] = {}
+    for bag in bags:
+        try:
+            with storage_errors(bag, bag.path):
+                hashes[bag.name] = bag.content_hash()
+            keys[bag.name] = cache_key(bag, hashes[bag.name], settings)
+        except BagError as error:
+            failed[bag.name] = error
+    todo = [
+        bag for bag in bags if bag.name in keys and not (settings.cache_dir / keys[bag.name] / "meta.json").exists()
+    ]
+    if not (failed and stop_early):
+        failed |= {b.name: e for b, e in build_entries(todo, keys, settings, workers, progress, stop_early)}
+    if failed and stop_early:  # bags before this one may have been left undone
+        raise next(iter(failed.values()))
+
+    episodes: list[Episode] = []
+    cameras = list(settings.camera_topics)
+    for bag in bags:
+        try:
+            if bag.name in failed:
+                raise failed[bag.name]
+            entry = settings.cache_dir / keys[bag.name]
+            try:
+                recording = load_entry(entry, cameras)
+            except EntryError:
+                build_entry(bag, keys[bag.name], settings)
+                recording = load_entry(entry, cameras)
+            episode = synchronise(bag.name, recording, settings)
+            if episodes:
+                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+        except BagError as error:
+            raise_or_skip(bag, error)
+            continue
+        episode.entry, episode.content_hash = entry, hashes[bag.name]
+        twin = next((e.name for e in episodes if e.content_hash == episode.content_hash), "")
+        episode.sync_report["same_bytes_as"] = twin
+        episodes.append(episode)
+    if not episodes:
+        raise BagError(
+            f"data.bag_dir: {settings.bag_dir}: all {len(bags)} bags were skipped; the first: {skipped[0]['why']}"
+        )
+    return episodes, skipped
+
+
+def check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: Shapes) -> None:
+    """An episode's images have the sizes of the first episode's, camera by camera: a batch holds images of one size.
+
+    Raises:
+        BagError: they have not.
+    """
+    for camera in shapes:
+        if camera in first_shapes and shapes[camera] != first_shapes[camera]:
+            raise BagError(
+                f"{name}: images of {camera} are {height_by_width(shapes[camera])}, those of {first_name} are "
+                f"{height_by_width(first_shapes[camera])} (HxW); set conventions.image_resize: [H, W] to bring all to "
+                "one size"
+            )
+
+
+def split_episodes(episodes: Sequence[Episode], val_fraction: float, seed: int) -> tuple[list[Episode], list[Episode]]:
+    """Hold out whole episodes: -> (training, validation), each in order.
+
+    At least one is held out when there are five or more and `val_fraction` > 0; copies of the same recording stay on
+    the same side, so that none leaks into validation. The choice depends on the names and the seed alone.
+    """
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault(episode.content_hash or episode.name, []).append(episode)
+    wanted = round(len(groups) * val_fraction)
+    if val_fraction > 0 and len(groups) >= 5:
+        wanted = max(1, wanted)
+    wanted = min(wanted, len(groups) - 1)  # training needs one
+    shuffled = np.random.default_rng(seed).permutation(len(groups))
+    held_out = {e.name for i in shuffled[: max(0, wanted)] for e in list(groups.values())[i]}
+    return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]

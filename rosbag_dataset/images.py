@@ -1,0 +1,136 @@
+"""An Image or CompressedImage message to 8-bit RGB pixels of the wanted size.
+
+Knows: encodings, byte orders, row padding, depth as grey, resizing.
+Must not know: where a message comes from, when it was taken, and where the pixels go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+
+from .errors import BagError
+
+IMAGE_TYPE = "sensor_msgs/msg/Image"
+COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
+
+# Depth (16UC1 in mm, 32FC1 in m) becomes one grey level per centimetre: 0 = no reading, 255 = 2.55 m or farther.
+DEPTH_M_PER_LEVEL = 0.01
+RESIZE_INTERPOLATION = "cv2.INTER_AREA when shrinking, cv2.INTER_LINEAR when enlarging"
+
+# encoding -> (dtype, channels, what turns it into 8-bit RGB)
+RAW_ENCODINGS: dict[str, tuple[str, int, Callable[[np.ndarray], np.ndarray]]] = {
+    "rgb8": ("u1", 3, lambda a: a),
+    "bgr8": ("u1", 3, lambda a: cv2.cvtColor(a, cv2.COLOR_BGR2RGB)),
+    "rgba8": ("u1", 4, lambda a: cv2.cvtColor(a, cv2.COLOR_RGBA2RGB)),
+    "bgra8": ("u1", 4, lambda a: cv2.cvtColor(a, cv2.COLOR_BGRA2RGB)),
+    "mono8": ("u1", 1, lambda a: cv2.cvtColor(a, cv2.COLOR_GRAY2RGB)),
+    "mono16": ("u2", 1, lambda a: cv2.cvtColor((a >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)),
+    "16UC1": ("u2", 1, lambda a: depth_to_rgb(a * np.float32(1e-3))),
+    "32FC1": ("f4", 1, lambda a: depth_to_rgb(a)),
+}
+for _bayer in ("RGGB", "BGGR", "GBRG", "GRBG"):
+    _code = getattr(cv2, f"COLOR_Bayer{_bayer}2RGB")
+    RAW_ENCODINGS[f"bayer_{_bayer.lower()}8"] = ("u1", 1, lambda a, c=_code: cv2.cvtColor(a, c))
+    RAW_ENCODINGS[f"bayer_{_bayer.lower()}16"] = (
+        "u2", 1, lambda a, c=_code: cv2.cvtColor((a >> 8).astype(np.uint8), c),
+    )  # fmt: skip
+
+
+def read_image(
+    message: Any, msgtype: str, resize: tuple[int, int] | None, where: str, decode: bool
+) -> tuple[np.ndarray | None, tuple[int, int] | None]:
+    """The pixels of one message and the size they were recorded in.
+
+    Args:
+        message: a sensor_msgs Image or CompressedImage.
+        msgtype: which of the two: IMAGE_TYPE or COMPRESSED_TYPE.
+        resize: (H, W) to bring the pixels to, or None.
+        where: bag, topic and message number, for errors.
+        decode: False checks an Image's header and size without touching pixels, and a CompressedImage not at all.
+
+    Returns:
+        ((H, W, 3) uint8 RGB, resized, or None without `decode`;
+         (H, W) as recorded, or None where it would take decoding to know).
+
+    Raises:
+        BagError: unknown encoding, wrong sizes, a short payload, a compressed image that does not decode.
+    """
+    if msgtype == COMPRESSED_TYPE:
+        if not decode:
+            return None, None
+        image = _decompress(message, where)
+        return resize_image(image, resize), image.shape[:2]
+    if message.encoding not in RAW_ENCODINGS:
+        raise BagError(f"{where}: image encoding {message.encoding!r} is not one of {', '.join(RAW_ENCODINGS)}")
+    code, channels, to_rgb = RAW_ENCODINGS[message.encoding]
+    dtype = np.dtype(code).newbyteorder(">" if message.is_bigendian else "<")
+    height, width, step, data = message.height, message.width, message.step, message.data
+    row = width * channels * dtype.itemsize
+    if not height or not width or step < row:
+        raise BagError(
+            f"{where}: {message.encoding} image of {height}x{width} (HxW) with a step of {step} bytes, "
+            f"expected at least {row}"
+        )
+    needed = step * (height - 1) + row  # the last row needs no padding
+    if data.size < needed:
+        raise BagError(
+            f"{where}: image payload is {data.size} bytes, its header says {height}x{width} {message.encoding} "
+            f"with step {step}: at least {needed}"
+        )
+    if not decode:
+        return None, (height, width)
+    strides = (step, channels * dtype.itemsize, dtype.itemsize)
+    pixels = np.ndarray((height, width, channels), dtype, data, strides=strides)
+    if not dtype.isnative:
+        pixels = pixels.astype(dtype.newbyteorder("="))
+    pixels = np.ascontiguousarray(pixels if channels > 1 else pixels[..., 0])
+    if message.encoding in ("rgb8", "bgr8"):  # plain colour: resize first, there are fewer pixels to swap
+        return to_rgb(resize_image(pixels, resize)), (height, width)
+    return resize_image(to_rgb(pixels), resize), (height, width)
+
+
+def _decompress(message: Any, where: str) -> np.ndarray:
+    """JPEG or PNG payload to (H, W, 3) uint8 RGB. EXIF rotation is ignored: a robot's camera does not turn."""
+    kind = message.format
+    if "compressedDepth" in kind:
+        raise BagError(f"{where}: format {kind!r} (compressed depth) is not supported; record the raw depth topic")
+    data = np.asarray(message.data, np.uint8)
+    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-64:].tobytes():
+        raise BagError(f"{where}: the JPEG breaks off after {data.size} bytes (no end marker)")
+    try:
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    except cv2.error:  # an absurd size in a damaged header
+        pixels = None
+    if pixels is None:
+        raise BagError(f"{where}: {data.size} bytes with format {kind!r} do not decode as JPEG or PNG")
+    if pixels.dtype == np.uint16 and pixels.ndim == 2 and kind.startswith(("16UC1", "mono16")):
+        return RAW_ENCODINGS["16UC1" if kind.startswith("16UC1") else "mono16"][2](pixels)
+    if pixels.dtype != np.uint8:
+        raise BagError(f"{where}: {pixels.dtype} pixels with format {kind!r}; expected 8-bit colour, 16UC1 or mono16")
+    if pixels.ndim == 2:
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+
+
+def depth_to_rgb(depth_m: np.ndarray) -> np.ndarray:
+    """(H, W) float depth in metres to (H, W, 3) uint8 grey: DEPTH_M_PER_LEVEL metres per level; nan, inf and
+    negative values (no reading) are 0, and everything from 2.55 m on is 255."""
+    levels = np.nan_to_num(depth_m / DEPTH_M_PER_LEVEL, nan=0.0, posinf=0.0, neginf=0.0)
+    return cv2.cvtColor(np.clip(np.rint(levels), 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """(H, W, 3) uint8 to `size` = (H, W), as RESIZE_INTERPOLATION says; unchanged when `size` is None."""
+    if size is None or image.shape[:2] == size:
+        return image
+    shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def height_by_width(shape: tuple[int, int]) -> str:
+    """(480, 640) -> "480x640", as error messages write an image's size."""
+    return f"{shape[0]}x{shape[1]}"

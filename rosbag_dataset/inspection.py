@@ -1,0 +1,149 @@
+"""A look at a folder of bags before training: topics, rates, gaps, what would be dropped. Nothing is written.
+
+    python -m rosbag_dataset DIR                    # topics, rates, gaps
+    python -m rosbag_dataset DIR --verify           # the same, and decode every image and hash every byte
+    python -m rosbag_dataset DIR --config my.yaml   # with the topics and joints of your config
+
+Knows: how sync reports look as a table, the command line, config.yaml in the folder that holds this package.
+Must not know: the cache: each bag is read as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from .bags import Bag, find_bags
+from .episodes import check_same_size
+from .errors import BagError
+from .reading import read_bag
+from .settings import BagSettings, settings_from
+from .storage import open_storage, storage_errors, topics_of
+from .synchronisation import synchronise
+
+CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
+
+
+def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
+    """Episodes' sync reports as text: one row an episode (the first `limit`), then what a person should know of all."""
+    rows = [
+        (
+            "episode",
+            "s",
+            "frames",
+            "dropped",
+            "segm.",
+            "repeated",
+            "unused",
+            "camera Hz",
+            "joint Hz",
+            "worst ms",
+            "still",
+        )
+    ]
+    for report in sync_reports[:limit]:
+        joint, *cameras = report["topics"].values()
+        rows.append((
+            report["episode"], f"{report['duration_s']:.1f}", str(report["frames"]), str(report["dropped"]),
+            str(report["segments"]), str(sum(report["repeated_images"].values())),
+            str(sum(report["unused_images"].values())), "/".join(f"{c['rate_hz']:.1f}" for c in cameras),
+            f"{joint['rate_hz']:.1f}", "/".join(f"{t['offset_ms_worst']:.0f}" for t in (joint, *cameras)),
+            f"{report['still_share']:.0%}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    if len(sync_reports) > limit:
+        lines.append(f"... and {len(sync_reports) - limit} more episodes")
+    frames, dropped = sum(r["frames"] for r in sync_reports), sum(r["dropped"] for r in sync_reports)
+    segments = sum(r["segments"] for r in sync_reports)
+    lines.append(f"{len(sync_reports)} episodes, {frames} frames kept, {dropped} dropped, {segments} segments")
+    for report in sync_reports:
+        if report["joints_never_moved"]:
+            lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
+        if report.get("same_bytes_as"):
+            lines.append(
+                f"note: {report['episode']} has the same bytes as {report['same_bytes_as']}: both are kept on the same "
+                "side of the training/validation split; delete one"
+            )
+    return "\n".join(lines)
+
+
+def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> dict[str, Any]:
+    """Print one bag's topics and return its sync report, without writing anything; `verify` also decodes every image.
+
+    Raises:
+        BagError: as read_bag() and synchronise().
+    """
+    with contextlib.ExitStack() as stack:
+        topics = topics_of(open_storage(bag, stack))
+    for topic, (types, count) in sorted(topics.items()):
+        print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
+    recording = read_bag(bag, settings, (lambda camera, image: None) if verify else None)
+    return synchronise(bag.name, recording, settings).sync_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `python -m rosbag_dataset`. Exit code 0 when every bag can be trained on, 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m rosbag_dataset", description="Look at a folder of ROS 2 bags.")
+    parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags")
+    parser.add_argument("--config", type=Path, help="a training config whose data and conventions sections to use")
+    parser.add_argument("--verify", action="store_true", help="decode every image and hash every byte")
+    parser.add_argument("--json", type=Path, help="write the report there as well")
+    args = parser.parse_args(argv)
+    try:
+        settings = _inspection_settings(args.bag_dir, args.config)
+        bags = find_bags(args.bag_dir)
+    except BagError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    reports, problems, first_with = [], [], {}  # the last: content hash -> name of the first bag that has it
+    for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
+        print(f"{bag.name}")
+        try:
+            report = inspect_bag(bag, settings, args.verify)
+            if reports:
+                check_same_size(bag.name, report["image_size"], reports[0]["episode"], reports[0]["image_size"])
+            with storage_errors(bag, bag.path):
+                first = first_with.setdefault(bag.content_hash(full=args.verify), bag.name)
+            report["same_bytes_as"] = "" if first == bag.name else first
+            reports.append(report)
+        except BagError as error:
+            problems.append({"bag": bag.name, "why": str(error)})
+            print(f"    error: {error}")
+    if reports:
+        print("\n" + sync_table(reports))
+    for problem in problems:
+        print(f"error: {problem['why']}", file=sys.stderr)
+    if args.json:
+        try:
+            args.json.write_text(json.dumps({"episodes": reports, "bad": problems}, indent=2))
+        except OSError as exc:
+            print(f"error: --json: {args.json}: {exc.strerror}", file=sys.stderr)
+            return 1
+    return 1 if problems else 0
+
+
+def _inspection_settings(bag_dir: Path, config: Path | None) -> BagSettings:
+    """The data and conventions sections of config.yaml, overlaid with those of `config`."""
+    merged: dict[str, Any] = {}
+    for path in (CONFIG, config):
+        if path is None:
+            continue
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+            for section in ("data", "conventions"):
+                merged |= content.get(section) or {}
+        except (OSError, yaml.YAMLError, AttributeError, TypeError) as exc:
+            raise BagError(f"{path}: cannot be read as a config ({' '.join(str(exc).split())})") from None
+    return settings_from(merged | {"bag_dir": bag_dir, "cache_dir": Path()})

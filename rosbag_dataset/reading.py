@@ -1,0 +1,104 @@
+"""One pass over a bag: all joint positions and times in memory, images handed on one by one.
+
+Knows: that each message of a wanted topic is read once, and that none may be lost.
+Must not know: how files are stored, how a message is taken apart, and where pixels go: the rooms around it do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .bags import Bag
+from .errors import BagError
+from .images import height_by_width, read_image
+from .settings import BagSettings
+from .storage import messages, open_storage, topics_of
+from .topics import check_topics, joint_positions, parse_message, time_stamp, typestore_for, wanted_topics
+
+ImageSink = Callable[[str, np.ndarray], None]  # called with (camera, image)
+
+
+@dataclass
+class Recording:
+    """What one pass over a bag yields besides pixels. Times are int64 nanoseconds, in file order."""
+
+    joint_time_ns: np.ndarray  # (M,)
+    joint_rad: np.ndarray  # (M, J) float64, in the order of joint_names
+    camera_time_ns: dict[str, np.ndarray]  # camera -> (N,)
+    image_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as stored
+    source_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as recorded
+
+
+def read_bag(
+    bag: Bag,
+    settings: BagSettings,
+    sink: ImageSink | None,
+    on_message: Callable[[int, int], None] | None = None,
+    scratch: Path | None = None,
+    on_open: Callable[[dict[str, int]], None] | None = None,
+) -> Recording:
+    """One pass over a bag: joint positions by name for every message, images decoded and handed to `sink`.
+
+    Args:
+        bag: from find_bags().
+        settings: topics, joints and conventions.
+        sink: called as sink(camera, image) with (H, W, 3) uint8 RGB, already resized, in file order. None checks
+            the images' headers and sizes without decoding pixels.
+        on_message: called as on_message(images, bytes) for progress.
+        scratch: folder to unpack file-compressed storage in.
+        on_open: called once with {camera: number of images}, before any pixel.
+
+    Raises:
+        BagError: anything that is wrong with the recording.
+    """
+    typestore_for(settings.ros_distro)  # a wrong setting is said before any file is opened
+    camera_of = {topic: camera for camera, topic in settings.camera_topics.items()}
+    joint_times: list[int] = []
+    joint_rows: list[np.ndarray] = []
+    camera_times: dict[str, list[int]] = {camera: [] for camera in settings.camera_topics}
+    shapes: dict[str, tuple[int, int]] = {}
+    stored: dict[str, tuple[int, int]] = {}
+    columns: dict[tuple[str, ...], list[int]] = {}  # see joint_positions()
+    read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
+
+    with contextlib.ExitStack() as stack:
+        readers = open_storage(bag, stack, scratch)
+        check_topics(bag, readers, settings)
+        counts = {topic: count for topic, (_, count) in topics_of(readers).items()}
+        if on_open:
+            on_open({camera: counts[topic] for topic, camera in camera_of.items()})
+        for topic, msgtype, receive_ns, raw in messages(bag, readers, set(read)):
+            read[topic] += 1
+            where = f"{bag.name}: {topic}, message {read[topic]}"
+            message = parse_message(raw, msgtype, settings.ros_distro, where)
+            time_ns = time_stamp(message, receive_ns, settings.time_source, where)
+            if topic == settings.joint_topic:
+                joint_times.append(time_ns)
+                joint_rows.append(joint_positions(message, settings.joint_names, columns, where))
+            else:
+                camera = camera_of[topic]
+                camera_times[camera].append(time_ns)
+                image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)
+                if shape is not None and shapes.setdefault(camera, shape) != shape:
+                    was, now = height_by_width(shapes[camera]), height_by_width(shape)
+                    raise BagError(f"{where}: image size changes within the bag, from {was} to {now} (HxW)")
+                if image is not None and sink is not None:
+                    stored[camera] = image.shape[:2]
+                    sink(camera, image)
+            if on_message:
+                on_message(topic != settings.joint_topic, len(raw))
+    for topic, count in read.items():
+        if count != counts[topic]:  # what was read against what the storage itself promised
+            raise BagError(f"{bag.name}: {topic}: read {count} of {counts[topic]} messages; the storage is damaged")
+    return Recording(
+        np.array(joint_times, np.int64),
+        np.stack(joint_rows),
+        {camera: np.array(times, np.int64) for camera, times in camera_times.items()},
+        {camera: stored.get(camera, settings.image_resize or shape) for camera, shape in shapes.items()},
+        shapes,
+    )

@@ -1,0 +1,103 @@
+"""Episodes to training samples: whole batches of state, images and a chunk of actions, straight from the cache.
+
+Knows: which frame a sample is, where its chunk ends, how stored pixels are mapped into memory.
+Must not know: bags, how an episode's frames came about, normalisation, torch: samples are raw numpy arrays.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .cache import pixels_file
+from .synchronisation import Episode
+
+
+def open_pixels(episode: Episode, camera: str) -> np.ndarray:
+    """(N, H, W, 3) uint8 memory map of an episode's stored images, in file order (see Episode.image_index)."""
+    assert episode.entry is not None
+    shape = (episode.stored_images[camera], *episode.image_shape[camera], 3)
+    return np.memmap(episode.entry / pixels_file(camera), np.uint8, "r", shape=shape)
+
+
+class ChunkDataset:
+    """Samples for ACT: one per frame that has an action. A torch map-style dataset that returns whole batches.
+
+    `__getitems__(indices)` gives, for a batch of B:
+        observation.state            (B, J) float32, raw (rad)
+        observation.images.<camera>  (B, H, W, 3) uint8: copied out of the memory map, nothing else
+        action                       (B, chunk, J) float32, raw; zeros where padded
+        action_is_pad                (B, chunk) bool: past the segment's end
+        index                        (B,) int64 sample indices, to say which sample made trouble
+
+    With `images` False, for frames that live on the device, instead of the images
+        image_index.<camera>         (B,) int64 among all stored images of the episodes, one episode after the other
+    """
+
+    def __init__(self, episodes: Sequence[Episode], chunk_size: int, images: bool = True) -> None:
+        self.episodes = list(episodes)
+        self.images = images
+        self.chunk_size = chunk_size
+        stops = [episode.action_stop for episode in self.episodes]
+        frames = [np.flatnonzero(np.arange(len(stop)) < stop) for stop in stops]
+        self._episode_of = np.repeat(np.arange(len(frames)), [len(f) for f in frames])
+        self._frame_of = np.concatenate(frames) if frames else np.zeros(0, np.int64)
+        self._stop_of = np.concatenate([s[f] for s, f in zip(stops, frames, strict=True)]) if frames else self._frame_of
+        cameras = self.episodes[0].image_shape if self.episodes else ()
+        self._first_image = {c: np.cumsum([0, *(e.stored_images[c] for e in self.episodes)]) for c in cameras}
+        self._pixels: dict[tuple[int, str], np.ndarray] = {}
+        self._allow_open_files()
+
+    def _allow_open_files(self) -> None:
+        """A memory map holds a file descriptor; a thousand episodes pass the usual soft limit of 1024."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = 512 + sum(len(e.image_shape) for e in self.episodes)
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": {}}  # a worker maps the files itself; pixels are never pickled
+
+    def __len__(self) -> int:
+        return len(self._frame_of)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """-> (episode name, frame in it) of a sample."""
+        return self.episodes[self._episode_of[index]].name, int(self._frame_of[index])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        batch_size, joints = len(indices), self.episodes[0].state.shape[1]
+        batch = {
+            "observation.state": np.empty((batch_size, joints), np.float32),
+            "action": np.zeros((batch_size, self.chunk_size, joints), np.float32),
+            "action_is_pad": np.ones((batch_size, self.chunk_size), bool),
+            "index": np.asarray(indices, np.int64),
+        }
+        for camera, shape in self.episodes[0].image_shape.items():
+            if self.images:
+                batch[f"observation.images.{camera}"] = np.empty((batch_size, *shape, 3), np.uint8)
+            else:
+                batch[f"image_index.{camera}"] = np.empty(batch_size, np.int64)
+        for b, i in enumerate(indices):
+            e, t = int(self._episode_of[i]), int(self._frame_of[i])
+            episode = self.episodes[e]
+            count = min(self.chunk_size, int(self._stop_of[i]) - t)
+            batch["observation.state"][b] = episode.state[t]
+            batch["action"][b, :count] = episode.action[t : t + count]
+            batch["action_is_pad"][b, :count] = False
+            for camera in episode.image_shape:
+                image = episode.image_index[camera][t]
+                if self.images:
+                    if (e, camera) not in self._pixels:
+                        self._pixels[e, camera] = open_pixels(episode, camera)
+                    batch[f"observation.images.{camera}"][b] = self._pixels[e, camera][image]
+                else:
+                    batch[f"image_index.{camera}"][b] = self._first_image[camera][e] + image
+        return batch

@@ -1,0 +1,93 @@
+"""What to read from a bag and how: the `data` and `conventions` sections of a config, as one frozen object.
+
+Knows: names, types and meaning of the settings, and which joints are angles.
+Must not know: where a config comes from (files, overrides, defaults: the trainer's), what is done with the settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BagError
+
+UR_JOINTS = (
+    "shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint", "wrist_3_joint",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BagSettings:
+    """What to read from a bag and how. No defaults here: they live in the trainer's schema (and config.yaml).
+
+    Attributes:
+        bag_dir: folder that is searched recursively for bags.
+        cache_dir: folder for decoded frames.
+        joint_topic: topic of sensor_msgs/msg/JointState.
+        camera_topics: camera name -> topic of Image or CompressedImage; order is the model's camera order.
+        joint_names: J joint names, in the order of state and action.
+        fps: rate of the training frames in Hz.
+        max_offset_ms: a frame needs a sample of every topic within this many milliseconds.
+        joint_resample: "linear" or "nearest".
+        time_source: "receive" (the bag's time stamps) or "header" (header.stamp).
+        ros_distro: whose message definitions decode the bag, for example "humble".
+        joint_sign: J factors of +1 or -1, used when apply_joint_sign.
+        apply_joint_sign: multiply joint positions by joint_sign.
+        wrap_angles: wrap revolute joints to (-pi, pi].
+        image_resize: (H, W) of the stored frames, or None to keep the camera's size.
+        action_mode: "delta" (q[t+1] - q[t]) or "absolute" (q[t+1]).
+        on_bad_bag: "error" or "skip".
+    """
+
+    bag_dir: Path
+    cache_dir: Path
+    joint_topic: str
+    camera_topics: dict[str, str]
+    joint_names: tuple[str, ...]
+    fps: float
+    max_offset_ms: float
+    joint_resample: str
+    time_source: str
+    ros_distro: str
+    joint_sign: tuple[float, ...]
+    apply_joint_sign: bool
+    wrap_angles: bool
+    image_resize: tuple[int, int] | None
+    action_mode: str
+    on_bad_bag: str
+
+    @property
+    def revolute(self) -> np.ndarray:
+        """(J,) bool: which joints are angles. JointState carries no joint types, so the UR arm's own joint names
+        (with any prefix) count as revolute, and any other joint (a gripper's finger) is never wrapped."""
+        return np.array([name.endswith(UR_JOINTS) for name in self.joint_names])
+
+
+def settings_from(values: dict[str, Any]) -> BagSettings:
+    """BagSettings from the merged `data` and `conventions` keys of a config; keys of other use are ignored.
+
+    `camera_topics` wins over `camera_topic`, which is one camera called "color".
+
+    Raises:
+        BagError: a key is missing, or holds something of another type.
+    """
+    values = dict(values)
+    names = [f.name for f in dataclasses.fields(BagSettings)]
+    missing = [n for n in names if n not in values and n != "camera_topics"]
+    if not (values.get("camera_topics") or values.get("camera_topic")):
+        missing.append("camera_topic")
+    if missing:
+        raise BagError(f"the config lacks {', '.join(missing)} in its data or conventions section")
+    try:
+        values["camera_topics"] = dict(values.get("camera_topics") or {"color": values["camera_topic"]})
+        values["joint_names"] = tuple(values["joint_names"] or ())
+        values["joint_sign"] = tuple(float(s) for s in values["joint_sign"] or ())
+        values["image_resize"] = tuple(values["image_resize"]) if values["image_resize"] else None
+        values["fps"], values["max_offset_ms"] = float(values["fps"]), float(values["max_offset_ms"])
+    except (TypeError, ValueError) as exc:
+        raise BagError(f"the config's data or conventions section: {exc}") from None
+    return BagSettings(**{n: values[n] for n in names})

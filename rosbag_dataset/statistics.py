@@ -1,0 +1,123 @@
+"""Means and standard deviations over the training episodes, for normalisation.
+
+Knows: which frames count, floors for joints that never move, that image statistics are kept in the cache entry.
+Must not know: how a policy normalises with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from .cache import flush, save
+from .errors import BagError
+from .samples import open_pixels
+from .synchronisation import Episode
+
+# Floors for standard deviations. A joint that never moves has a deviation near zero, and dividing by it would turn
+# a 0.001 rad disturbance on the robot into an input of hundreds of sigmas.
+POSITION_STD_FLOOR_RAD = 1e-2
+DELTA_STD_FLOOR_RAD = 1e-4
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Moments = tuple[int, np.ndarray, np.ndarray]  # count, mean, sum of squared deviations from it
+
+
+def compute_stats(
+    episodes: Sequence[Episode], image_stats: str, action_mode: str
+) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Mean and standard deviation of the training episodes, for normalisation.
+
+    State: every kept frame. Action: every frame that has one. Images: ImageNet's, or per channel over every stored
+    frame of each camera, in [0, 1] ("dataset"; computed once per cache entry and kept beside it).
+
+    Args:
+        episodes: those to train on, at least one.
+        image_stats: "imagenet" or "dataset".
+        action_mode: "delta" or "absolute": which floor an action's deviation has.
+
+    Returns:
+        (stats {feature: {"mean", "std"}} float32 with shapes (J,) or (3, 1, 1),
+         one line per joint whose deviation was raised to its floor).
+
+    Raises:
+        BagError: no episode has two consecutive frames, so that there is no action to learn.
+    """
+    state = action = None
+    images: dict[str, Moments | None] = dict.fromkeys(episodes[0].image_shape)
+    for episode in episodes:
+        state = _merge(state, _moments(episode.state))
+        has_action = np.arange(len(episode.time_ns)) < episode.action_stop
+        if has_action.any():
+            action = _merge(action, _moments(episode.action[has_action]))
+        if image_stats == "dataset":
+            for camera in images:
+                images[camera] = _merge(images[camera], _image_moments(episode, camera))
+    if action is None:
+        raise BagError(
+            "no episode has two consecutive frames, so that there is no action to learn; see data.max_offset_ms"
+        )
+    floored: list[str] = []
+
+    def finish(key: str, moments: Moments, floor: float) -> dict[str, np.ndarray]:
+        std = np.sqrt(moments[2] / moments[0])
+        for j in np.flatnonzero(std < floor):
+            floored.append(f"{key}[{j}]: standard deviation {std[j]:.2g} raised to its floor {floor:g} rad")
+        return {"mean": moments[1].astype(np.float32), "std": np.maximum(std, floor).astype(np.float32)}
+
+    action_floor = DELTA_STD_FLOOR_RAD if action_mode == "delta" else POSITION_STD_FLOOR_RAD
+    stats = {
+        "observation.state": finish("observation.state", state, POSITION_STD_FLOOR_RAD),
+        "action": finish("action", action, action_floor),
+    }
+    for camera, moments in images.items():
+        if moments is None:
+            mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+        else:
+            mean, std = moments[1], np.maximum(np.sqrt(moments[2] / moments[0]), 1 / 255)
+        stats[f"observation.images.{camera}"] = {
+            "mean": mean.astype(np.float32).reshape(3, 1, 1),
+            "std": std.astype(np.float32).reshape(3, 1, 1),
+        }
+    return stats, floored
+
+
+def _moments(rows: np.ndarray) -> Moments:
+    """Moments of each column, in float64."""
+    rows = rows.astype(np.float64)
+    mean = rows.mean(axis=0)
+    return len(rows), mean, ((rows - mean) ** 2).sum(axis=0)
+
+
+def _merge(a: Moments | None, b: Moments) -> Moments:
+    """Combine two sets' moments (Chan, Golub & LeVeque 1979, eq. 2.1), so that statistics stream over episodes."""
+    if a is None:
+        return b
+    n = a[0] + b[0]
+    shift = b[1] - a[1]
+    return n, a[1] + shift * (b[0] / n), a[2] + b[2] + shift**2 * (a[0] * b[0] / n)
+
+
+def _image_moments(episode: Episode, camera: str) -> Moments:
+    """Per-channel moments in [0, 1] over an episode's stored images; kept in the cache entry after the first time."""
+    assert episode.entry is not None
+    file = episode.entry / f"{camera}.moments.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there yet, or damaged: computed again
+        count, mean, squares = json.loads(file.read_text())
+        return count, np.array(mean), np.array(squares)
+    moments: Moments | None = None
+    for image in open_pixels(episode, camera):
+        moments = _merge(moments, _moments(image.reshape(-1, 3) / np.float32(255)))
+    assert moments is not None
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        save(partial, json.dumps([moments[0], moments[1].tolist(), moments[2].tolist()]).encode())
+        flush(partial)
+        os.replace(partial, file)
+    except OSError:  # a full disk: they are computed again next time
+        partial.unlink(missing_ok=True)
+    return moments

@@ -1,0 +1,216 @@
+"""A recording onto a regular time grid: which frames there are, what each shows, which action follows it.
+
+Knows: clocks that jitter, gaps, the project's conventions for joints (sign, wrapping) and actions.
+Must not know: bags, messages, the cache, pixels (a frame names its image by number).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BagError
+from .reading import Recording
+from .settings import BagSettings
+
+MOVED_RAD = 1e-3  # a joint whose whole range in an episode is below this "never moved" (encoder noise is ~1e-5)
+STILL_RAD_PER_S = 3e-3  # a frame in which every joint is slower than this is "still"
+MAX_EPISODE_S = 24 * 3600.0  # longer recordings are broken time stamps
+
+
+@dataclass
+class Episode:
+    """One recording on a regular time grid. T kept frames, J joints.
+
+    Frames that lack a sample of some topic were dropped. A segment is a run of frames with none dropped in between;
+    neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a segment's
+    last frame has none.
+    """
+
+    name: str
+    time_ns: np.ndarray  # (T,) int64 tick times
+    state: np.ndarray  # (T, J) float32, rad for revolute joints
+    action: np.ndarray  # (T, J) float32; zeros where frame t has no action
+    segments: np.ndarray  # (S, 2) int64: [start, stop) of each segment in 0..T
+    image_index: dict[str, np.ndarray]  # camera -> (T,) int64, which stored image a frame shows
+    sync_report: dict[str, Any]  # what became of the recording: an entry of sync_report.json, a row of sync_table()
+    entry: Path | None = None  # cache entry that holds the pixels
+    image_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as stored
+    source_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as recorded
+    stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of images in the entry
+    content_hash: str = ""  # Bag.content_hash(); two bags with the same one are copies
+
+    @property
+    def action_stop(self) -> np.ndarray:
+        """(T,) int64: for each frame the index behind the last action of its segment; == t where t has none."""
+        stop = np.empty(len(self.time_ns), np.int64)
+        for first, last in self.segments:
+            stop[first:last] = last - 1
+        return stop
+
+
+def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episode:
+    """Put a recording on a grid of `fps`, drop frames that lack a sample, and cut it into segments.
+
+    The grid covers the time in which every topic was being recorded and starts on an image of the first camera.
+    Images are taken by nearest neighbour; joints are interpolated linearly (or nearest), after putting them in time
+    order. Joint conventions (sign, wrapping) are applied here.
+
+    Raises:
+        BagError: topics that do not overlap in time, broken time stamps, no joint that moves, no frame left.
+    """
+    tick_ns = 1e9 / settings.fps
+    order = np.argsort(recording.joint_time_ns, kind="stable")
+    joint_ns, joint_rad = recording.joint_time_ns[order], recording.joint_rad[order]
+    last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
+    joint_ns, joint_rad = joint_ns[last_of_equal], joint_rad[last_of_equal]
+    camera_order = {c: np.argsort(t, kind="stable") for c, t in recording.camera_time_ns.items()}
+    camera_ns = {c: t[camera_order[c]] for c, t in recording.camera_time_ns.items()}
+
+    # The grid.
+    streams = {settings.joint_topic: joint_ns} | {settings.camera_topics[c]: t for c, t in camera_ns.items()}
+    begin, end = max(t[0] for t in streams.values()), min(t[-1] for t in streams.values())
+    if end < begin:
+        spans = "; ".join(f"{topic} {t[0] / 1e9:.3f} to {t[-1] / 1e9:.3f} s" for topic, t in streams.items())
+        raise BagError(f"{name}: the topics do not overlap in time: {spans}; see data.time_source")
+    if (end - begin) / 1e9 > MAX_EPISODE_S:
+        raise BagError(
+            f"{name}: spans {(end - begin) / 1e9:.0f} s, more than a day; its time stamps are broken, "
+            "see data.time_source"
+        )
+    first_camera = next(iter(camera_ns.values()))
+    begin = first_camera[np.searchsorted(first_camera, begin)]  # exists: the camera's last image is at or after `end`
+    count = int(max(0, end - begin) / tick_ns + 1e-6) + 1  # stamps are rounded to ns: keep a tick that ends on `end`
+    ticks = begin + np.rint(np.arange(count) * tick_ns).astype(np.int64)
+
+    # Which of its ticks are kept: those with a sample of every topic near enough.
+    index = {c: nearest_index(t, ticks) for c, t in camera_ns.items()}
+    offset_ms = {settings.joint_topic: np.abs(joint_ns[nearest_index(joint_ns, ticks)] - ticks) / 1e6}
+    for camera, i in index.items():
+        offset_ms[settings.camera_topics[camera]] = np.abs(camera_ns[camera][i] - ticks) / 1e6
+    kept = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
+    if not kept.any():
+        worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
+        raise BagError(
+            f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g}; "
+            f"median offsets: {worst}"
+        )
+    moved = np.ptp(joint_rad, axis=0) >= MOVED_RAD
+    if not moved.any():
+        raise BagError(
+            f"{name}: no joint moves by more than {MOVED_RAD:g} rad in the whole recording; "
+            f"is {settings.joint_topic} the live robot?"
+        )
+
+    # What the kept frames hold.
+    state, continuous = _resample_joints(joint_ns, joint_rad, ticks[kept], settings)
+    segments = _segments(kept)
+    action = _actions(state, continuous, segments, settings)
+    image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
+
+    sync_report = {
+        "episode": name,
+        "duration_s": round(max(0, end - begin) / 1e9, 3),
+        "image_size": {c: list(shape) for c, shape in recording.image_shape.items()},
+        "frames": int(kept.sum()),
+        "dropped": int((~kept).sum()),
+        "segments": len(segments),
+        "frames_without_action": len(segments),
+        "repeated_images": {
+            c: int(sum((np.diff(i[a:b]) == 0).sum() for a, b in segments)) for c, i in image_index.items()
+        },
+        "unused_images": {c: int(len(camera_ns[c]) - len(np.unique(i))) for c, i in image_index.items()},
+        "topics": {
+            topic: {
+                "messages": len(times),
+                "rate_hz": round((len(times) - 1) * 1e9 / max(1, int(times[-1] - times[0])), 2),
+                "offset_ms_median": round(float(np.median(offset_ms[topic])), 2),
+                "offset_ms_worst": round(float(offset_ms[topic].max()), 2),
+                "starts_s": round((times[0] - begin) / 1e9, 3),
+                "ends_s": round((times[-1] - end) / 1e9, 3),
+            }
+            for topic, times in streams.items()
+        },
+        "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
+        "still_share": _still_share(joint_ns, joint_rad),
+    }
+    return Episode(
+        name, ticks[kept], state.astype(np.float32), action.astype(np.float32), segments, image_index, sync_report,
+        image_shape=recording.image_shape, source_shape=recording.source_shape,
+        stored_images={c: len(t) for c, t in camera_ns.items()},
+    )  # fmt: skip
+
+
+def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
+    """For each tick the index of the nearest of the sorted `times_ns` (N >= 1); the earlier one on a tie."""
+    right = np.clip(np.searchsorted(times_ns, ticks_ns), 0, len(times_ns) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(ticks_ns - times_ns[left] <= np.abs(times_ns[right] - ticks_ns), left, right)
+
+
+def _segments(kept: np.ndarray) -> np.ndarray:
+    """(S, 2) int64: the runs of kept ticks, as [start, stop) among the kept ones. `kept` is (ticks,) bool."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], kept.view(np.int8), [0]))))
+    kept_so_far = np.cumsum(kept)  # up to and including each tick
+    return np.array([(kept_so_far[a] - 1, kept_so_far[b - 1]) for a, b in edges.reshape(-1, 2)], np.int64)
+
+
+def _still_share(joint_ns: np.ndarray, joint_rad: np.ndarray) -> float:
+    """The share of the recording's time in which every joint was slower than STILL_RAD_PER_S."""
+    speed = np.abs(np.diff(joint_rad, axis=0)).max(axis=1) / (np.diff(joint_ns) / 1e9) if len(joint_ns) > 1 else [0.0]
+    step_s = np.diff(joint_ns) / 1e9 if len(joint_ns) > 1 else [1.0]
+    return round(float(np.average(np.asarray(speed) < STILL_RAD_PER_S, weights=step_s)), 3)
+
+
+def wrap_to_pi(angle_rad: np.ndarray) -> np.ndarray:
+    """Angles to (-pi, pi], any shape, float64."""
+    wrapped = np.pi - np.mod(np.pi - angle_rad, 2 * np.pi)
+    return np.where(wrapped <= -np.pi, np.pi, wrapped)  # mod rounds up to 2 pi for an angle just above pi
+
+
+def _resample_joints(
+    joint_ns: np.ndarray, joint_rad: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joint positions at the ticks, with the project's sign applied, twice: for states and for absolute actions.
+
+    Returns:
+        ((T, J) float64, wrapped when `wrap_angles`,
+         (T, J) float64, unwrapped along the recording's own samples, which also know the turns made inside a gap).
+    """
+    revolute = settings.revolute
+
+    def at_ticks(path: np.ndarray) -> np.ndarray:
+        if settings.joint_resample == "linear":
+            elapsed, wanted = (joint_ns - joint_ns[0]).astype(np.float64), (ticks_ns - joint_ns[0]).astype(np.float64)
+            state = np.stack([np.interp(wanted, elapsed, column) for column in path.T], axis=1)
+        else:
+            state = path[nearest_index(joint_ns, ticks_ns)]
+        return state * np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else state
+
+    path = joint_rad.copy()
+    path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
+    continuous = at_ticks(path)  # interpolated on the continuous path, so that no value lies between +pi and -pi
+    if not settings.wrap_angles:
+        return at_ticks(joint_rad), continuous
+    state = continuous.copy()
+    state[:, revolute] = wrap_to_pi(state[:, revolute])
+    return state, continuous
+
+
+def _actions(state: np.ndarray, continuous: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
+    """(T, J) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame."""
+    action = np.zeros_like(state)
+    revolute = settings.revolute
+    target = continuous + (state[0] - continuous[0])  # whole turns: the first frame is where its state says
+    for start, stop in segments:
+        if settings.action_mode == "absolute":
+            action[start : stop - 1] = target[start + 1 : stop]
+        else:
+            delta = np.diff(state[start:stop], axis=0)
+            if settings.wrap_angles:
+                delta[:, revolute] = wrap_to_pi(delta[:, revolute])
+            action[start : stop - 1] = delta
+    return action

@@ -1,0 +1,138 @@
+"""The door for topics: which ones are read, whether a bag has them, and how a message becomes a time and numbers.
+
+Today that is one joint topic, read by joint name, and the cameras' topics. States or actions from further topics (a
+gripper's own topic, joints split over several publishers, commanded positions) come in here: in wanted_topics(), so
+that they are checked as all others are, and as a function beside joint_positions() that turns a message of theirs into
+a row of numbers. reading.py then collects their rows, as it does the joints'.
+
+Knows: message types and fields, joint names, clocks.
+Must not know: how files are read (storage.py) and pixels decoded (images.py), the time grid (synchronisation.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys.store import Typestore
+
+from .bags import Bag
+from .errors import BagError, SetupError
+from .images import COMPRESSED_TYPE, IMAGE_TYPE
+from .settings import BagSettings
+from .storage import Storage, topics_of
+
+JOINT_TYPE = "sensor_msgs/msg/JointState"
+
+
+def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
+    """(config key, topic, message types it may have) of each topic that is read: the joints', then the cameras'."""
+    wanted = [("data.joint_topic", settings.joint_topic, {JOINT_TYPE})]
+    wanted += [(f"data.camera_topics.{c}", t, {IMAGE_TYPE, COMPRESSED_TYPE}) for c, t in settings.camera_topics.items()]
+    return wanted
+
+
+def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> None:
+    """The wanted topics are there, have the right types, hold messages, and as many as metadata.yaml claims.
+
+    Raises:
+        BagError: naming the topic, what was found, and the topics that are there.
+    """
+    topics = topics_of(readers)
+    there = "; ".join(f"{t} ({'/'.join(sorted(types))}, {n})" for t, (types, n) in sorted(topics.items())) or "none"
+    for key, topic, allowed in wanted_topics(settings):
+        expected = " or ".join(sorted(allowed))
+        if topic not in topics:
+            raise BagError(f"{bag.name}: {key}: no topic {topic}; set it to one of the topics in this bag: {there}")
+        types, count = topics[topic]
+        if not types <= allowed:
+            found = "/".join(sorted(types))
+            raise BagError(f"{bag.name}: {key}: topic {topic} has type {found}, expected {expected}; in it: {there}")
+        if not count:
+            raise BagError(f"{bag.name}: {key}: topic {topic} is declared but holds no message; topics: {there}")
+        claimed = count if bag.claimed is None else bag.claimed.get(topic, 0)
+        if claimed != count:
+            raise BagError(
+                f"{bag.name}: metadata.yaml claims {claimed} messages on {topic}, the storage holds {count}; a file is "
+                "missing or the recording broke off; copy it again, or accept what is there with: ros2 bag reindex"
+            )
+
+
+@functools.lru_cache(maxsize=1)  # it compiles a decoder for each message type that it meets, 10 ms a bag
+def typestore_for(ros_distro: str) -> Typestore:
+    """The message definitions of a ROS 2 distribution, for example "humble": what turns CDR bytes into messages.
+
+    Raises:
+        SetupError: rosbags does not know that distribution.
+    """
+    known = {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
+    if ros_distro not in known:
+        raise SetupError(f"data.ros_distro: found {ros_distro!r}, expected one of {', '.join(sorted(known))}")
+    return get_typestore(known[ros_distro])
+
+
+def parse_message(raw: bytes, msgtype: str, ros_distro: str, where: str) -> Any:
+    """CDR bytes to a message object with ROS' field names; `where` is the bag, topic and message number, for errors.
+
+    Raises:
+        BagError: the bytes are no message of that type in that distribution.
+    """
+    typestore = typestore_for(ros_distro)
+    try:
+        return typestore.deserialize_cdr(raw, msgtype)
+    except Exception as exc:  # rosbags raises several types on short or foreign payloads
+        reason = " ".join(str(exc).split())[:120]
+        raise BagError(
+            f"{where}: not a valid {msgtype} of ROS 2 {ros_distro} ({type(exc).__name__}: {reason}); "
+            "set data.ros_distro to the one that recorded it, or leave it out with data.on_bad_bag: skip"
+        ) from exc
+
+
+def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> int:
+    """A message's time in ns, by the clock that data.time_source names: header.stamp, or when the recorder got it.
+
+    Raises:
+        BagError: it was never set, or is no time that a recording can have.
+    """
+    if time_source == "header":
+        stamp = message.header.stamp
+        time_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        if time_ns <= 0:
+            raise BagError(f"{where}: header.stamp is {time_ns} ns (never set); use data.time_source: receive")
+    else:
+        time_ns = receive_ns
+    if not 0 <= time_ns < 1 << 62:
+        raise BagError(f"{where}: time stamp {time_ns} ns is out of range; the recording is damaged")
+    return time_ns
+
+
+def joint_positions(
+    message: Any, joint_names: tuple[str, ...], columns: dict[tuple[str, ...], list[int]], where: str
+) -> np.ndarray:
+    """(J,) float64 rad in the order of `joint_names`, picked by name out of a JointState.
+
+    Drivers publish joints in an order of their own, and it may change from message to message. `columns` is a cache
+    across messages, which starts empty: a message's joint names -> where ours are among them.
+
+    Raises:
+        BagError: a joint is missing, has no position, or one that is not finite.
+    """
+    names = tuple(message.name)
+    if names not in columns:
+        missing = [n for n in joint_names if n not in names]
+        if missing:
+            raise BagError(
+                f"{where}: joint {', '.join(missing)} is missing; set data.joint_names to names that the message has: "
+                f"{', '.join(names) or 'none at all (its name field is empty)'}"
+            )
+        columns[names] = [names.index(n) for n in joint_names]
+    if len(message.position) != len(names):
+        raise BagError(f"{where}: {len(names)} joint names but {len(message.position)} positions")
+    row = np.asarray(message.position, np.float64)[columns[names]]
+    if not np.isfinite(row).all():
+        bad = [n for n, v in zip(joint_names, row, strict=True) if not np.isfinite(v)]
+        raise BagError(f"{where}: position of {', '.join(bad)} is {row[~np.isfinite(row)][0]}, expected a finite angle")
+    return row

@@ -1,0 +1,84 @@
+"""Which bags a folder holds: found at any depth, under odd names; their bytes make their hash."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from rosbag_dataset import cache_key, find_bags, load_episodes
+from tests.bags import settings, storage_file, write_bag
+from tests.checks import TAKE, assert_is_take, both_storages, error_of, flip
+
+
+def test_bags_are_found_recursively_and_sorted(tmp_path):
+    """Bags at any depth, through links, once each; hidden folders and files are passed over."""
+    root = tmp_path / "bags"
+    for name in ("b", "a/deep/er", ".hidden/c", "a/.trash/d"):
+        write_bag(root / name, TAKE.messages()[:3])
+    write_bag(tmp_path / "elsewhere" / "e", TAKE.messages()[:3])
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "up").symlink_to(root)  # a loop
+    (root / ".partial.db3").write_bytes(b"")
+    (root / "notes.txt").write_text("no bag")
+    assert [b.name for b in find_bags(root)] == ["a/deep/er", "b", "link/e"]
+
+
+def test_folder_that_is_one_bag(tmp_path):
+    """data.bag_dir may be a single bag; the episode is called after the folder."""
+    write_bag(tmp_path / "solo", TAKE.messages())
+    assert [b.name for b in find_bags(tmp_path / "solo")] == ["solo"]
+    assert_is_take(tmp_path / "solo")
+
+
+@both_storages
+def test_renamed_storage_file(tmp_path, storage):
+    """The storage file under another name than metadata.yaml says."""
+    bag = write_bag(tmp_path / "bags" / "a", TAKE.messages(), storage)
+    file = storage_file(bag)
+    file.rename(file.with_stem("renamed_later"))
+    assert_is_take(tmp_path / "bags")
+
+
+@both_storages
+@pytest.mark.parametrize("name", ["2024-05-01.bag", "run #1", "50%41", "what?", "data.set", "two  words", "grün"])
+def test_folder_names(tmp_path, storage, name):
+    """Folder names that look like a ROS 1 file, or that an URI would take apart."""
+    bag = write_bag(tmp_path / "plain", TAKE.messages(), storage)
+    (tmp_path / "bags").mkdir()
+    bag.rename(tmp_path / "bags" / name)
+    assert [b.name for b in find_bags(tmp_path / "bags")] == [name]
+    assert_is_take(tmp_path / "bags")
+
+
+def test_bag_dir_that_is_none(tmp_path):
+    """A bag_dir that is missing, a file, or empty: what was found, and which key to set."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    cases = {"absent": "found nothing there", "file": "found a file there", "empty": "no ROS 2 bag"}
+    for name, fact in cases.items():
+        message = error_of(lambda name=name: load_episodes(settings(tmp_path / name), 1, False))
+        assert message.startswith("data.bag_dir: ") and name in message and fact in message
+
+
+@pytest.mark.parametrize("where", ["first MiB", "last MiB", "middle", "metadata", "size", "name"])
+def test_identity_is_that_of_the_bytes(tmp_path, where):
+    """Size, metadata.yaml, first and last MiB, and the relative path count; --verify sees the middle as well."""
+    bag_dir = tmp_path / "bags"
+    path = write_bag(bag_dir / "a", TAKE.messages())
+    file = storage_file(path)
+    with file.open("ab") as stream:
+        stream.write(bytes(3 << 20))
+    (bag,) = find_bags(bag_dir)
+    key, full = cache_key(bag, bag.content_hash(), settings(bag_dir)), bag.content_hash(full=True)
+    if where == "metadata":
+        (path / "metadata.yaml").write_text((path / "metadata.yaml").read_text() + "\n")
+    elif where == "size":
+        os.truncate(file, file.stat().st_size - 1)
+    elif where == "name":
+        path.rename(bag_dir / "b")
+    else:
+        flip(file, {"first MiB": 1000, "last MiB": -1000, "middle": file.stat().st_size // 2}[where])
+    (bag,) = find_bags(bag_dir)
+    assert (cache_key(bag, bag.content_hash(), settings(bag_dir)) != key) == (where != "middle")
+    assert (bag.content_hash(full=True) != full) == (where != "name")

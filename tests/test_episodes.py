@@ -1,0 +1,250 @@
+"""A folder of bags to episodes: bad bags are refused or skipped in one line; copies stay on one side of the split."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from rosbag_dataset import load_episodes, split_episodes, sync_table
+from tests.bags import (
+    CAMERA_TOPIC,
+    JOINT_TOPIC,
+    JOINTS,
+    T0_NS,
+    compressed,
+    edit_metadata,
+    encode,
+    image,
+    joint_state,
+    make_take,
+    noise_images,
+    ros,
+    settings,
+    write_bag,
+    write_split_bag,
+)
+from tests.checks import TAKE, error_of, still_joints, truncated
+from tests.episodes import sync
+
+# -- the table of bad input ---------------------------------------------------------------------------------------
+
+
+def without(topic):
+    return [m for m in TAKE.messages() if m[0] != topic]
+
+
+def camera_messages(*images, offset=0):
+    return [(CAMERA_TOPIC, int(t) + offset, m) for t, m in zip(TAKE.camera_ns, images, strict=False)]
+
+
+def claims(count):
+    def change(info):
+        info["topics_with_message_count"][0]["message_count"] += count
+
+    return lambda path: edit_metadata(write_bag(path, TAKE.messages()), change)
+
+
+def unlisted_file(path):
+    """A split bag of which one file was not copied."""
+    messages = TAKE.messages()
+    bag = write_split_bag(path, [messages[:30], messages[30:]])
+    sorted(bag.glob("*.db3"))[1].unlink()
+
+
+def metadata_text(text):
+    return lambda path: (write_bag(path, TAKE.messages()) / "metadata.yaml").write_text(text)
+
+
+def ros1(path):
+    path.mkdir(parents=True)
+    (path / "old.bag").write_bytes(b"#ROSBAG V2.0\n")
+
+
+def dangling(path):
+    path.mkdir(parents=True)
+    (path / "lost.db3").symlink_to(path / "nowhere.db3")
+
+
+def bag_of(messages, **how):
+    return lambda path: write_bag(path, messages, **how)
+
+
+SHORT = np.frombuffer(bytes(100), np.uint8)
+TWO_SIZES = (TAKE.images[0], noise_images(1, (8, 10), seed=5)[0])
+BIGGER = noise_images(12, (8, 10), seed=5)
+IMAGE, JOINT = "sensor_msgs/msg/Image", "sensor_msgs/msg/JointState"
+STRING = ros("std_msgs/msg/String", "x")
+BAD_BAGS = {
+    "no-joint-topic": (bag_of(without(JOINT_TOPIC)), ["data.joint_topic", f"{CAMERA_TOPIC} ({IMAGE}, 11)"]),
+    "no-camera-topic": (bag_of(without(CAMERA_TOPIC)), ["data.camera_topics.color", f"{JOINT_TOPIC} ({JOINT}, 50)"]),
+    "wrong-type": (
+        bag_of([*without(CAMERA_TOPIC), (CAMERA_TOPIC, T0_NS, STRING)]),
+        [CAMERA_TOPIC, "std_msgs/msg/String", f"expected sensor_msgs/msg/CompressedImage or {IMAGE}"],
+    ),
+    "no-message": (bag_of(without(CAMERA_TOPIC), extra_topics=[(CAMERA_TOPIC, IMAGE)]), [CAMERA_TOPIC, "no message"]),
+    "empty-bag": (bag_of([], extra_topics=[(CAMERA_TOPIC, IMAGE), (JOINT_TOPIC, JOINT)]), ["no message"]),
+    "no-topics": (bag_of([]), ["no topic", "none"]),
+    "truncated-db3": (truncated("sqlite3", 0.6), ["b.db3 is damaged", "sqlite3 FILE .recover"]),
+    "truncated-mcap": (truncated("mcap", 0.6), ["b.mcap is damaged", "mcap recover"]),
+    "empty-db3": (truncated("sqlite3", 0), ["b.db3 is damaged"]),
+    "empty-mcap": (truncated("mcap", 0), ["b.mcap is damaged"]),
+    "claims-more": (claims(3), ["metadata.yaml claims 53", "holds 50", JOINT_TOPIC]),
+    "claims-fewer": (claims(-3), ["metadata.yaml claims 47", "holds 50", JOINT_TOPIC]),
+    "file-missing": (unlisted_file, ["metadata.yaml lists b_1.db3", "not there"]),
+    "not-yaml": (metadata_text("a: b: c\n\t- ]"), ["metadata.yaml", "ros2 bag reindex"]),
+    "other-yaml": (metadata_text("[1, 2]"), ["metadata.yaml", "ros2 bag reindex"]),
+    "binary-yaml": (metadata_text("\x00\x07"), ["metadata.yaml", "ros2 bag reindex"]),
+    "ros1": (ros1, ["ROS 1 bag file", "rosbags-convert"]),
+    "dangling-link": (dangling, ["lost.db3", "No such file"]),
+    "still": (bag_of(still_joints()), ["no joint moves", JOINT_TOPIC]),
+    "short-image": (
+        bag_of(without(CAMERA_TOPIC) + camera_messages(image(T0_NS, TAKE.images[0], data=SHORT[:7]))),
+        [f"{CAMERA_TOPIC}, message 1", "7 bytes"],
+    ),
+    "encoding": (
+        bag_of(without(CAMERA_TOPIC) + camera_messages(image(T0_NS, TAKE.images[0], "yuv422_yuy2"))),
+        [CAMERA_TOPIC, "'yuv422_yuy2'"],
+    ),
+    "size-changes": (
+        bag_of(without(CAMERA_TOPIC) + camera_messages(*[image(T0_NS, p) for p in (*TAKE.images[:3], *BIGGER)])),
+        [f"{CAMERA_TOPIC}, message 4", "from 6x8 to 8x10"],
+    ),
+    "size-changes-compressed": (
+        bag_of(without(CAMERA_TOPIC) + camera_messages(*[compressed(T0_NS, encode(p, ".png")) for p in TWO_SIZES])),
+        [f"{CAMERA_TOPIC}, message 2", "from 6x8 to 8x10"],
+    ),
+    "no-overlap": (
+        bag_of([(t, n + (10**10 if t == CAMERA_TOPIC else 0), m) for t, n, m in TAKE.messages()]),
+        ["do not overlap", CAMERA_TOPIC, JOINT_TOPIC],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BAD_BAGS)
+def bad(request, tmp_path):
+    """-> (folder with one bad bag called b, words of its error)."""
+    make, words = BAD_BAGS[request.param]
+    make(tmp_path / "bags" / "b")
+    return tmp_path / "bags", words
+
+
+def test_bad_bag_is_refused_in_one_line(bad):
+    """on_bad_bag: error: one line with the bag's name first, the topic or key, and the fact."""
+    bag_dir, words = bad
+    message = error_of(lambda: load_episodes(settings(bag_dir), workers=1, progress=False))
+    assert message.startswith("b"), message
+    assert all(word in message for word in words), message
+
+
+def test_bad_bag_is_skipped_and_reported(bad, capfd):
+    """on_bad_bag: skip keeps the good bags and returns each bad one with the reason, which is printed too."""
+    bag_dir, words = bad
+    write_bag(bag_dir / "a", TAKE.messages())
+    write_bag(bag_dir / "c", TAKE.messages(), "mcap")
+    episodes, skipped = load_episodes(settings(bag_dir, on_bad_bag="skip"), workers=2, progress=False)
+    assert [e.name for e in episodes] == ["a", "c"]
+    ((name, why),) = [(s["bag"], s["why"]) for s in skipped]
+    assert name in ("b", "b/old.bag", "b/lost.db3") and all(word in why for word in words)
+    assert f"skipped bag {why}" in capfd.readouterr().err
+
+
+def test_all_skipped_is_an_error(tmp_path):
+    """With nothing left there is nothing to train on."""
+    for name in "ab":
+        truncated("mcap", 0.5)(tmp_path / "bags" / name)
+    message = error_of(lambda: load_episodes(settings(tmp_path / "bags", on_bad_bag="skip"), 1, False))
+    assert "all 2 bags were skipped" in message and "a.mcap is damaged" in message
+
+
+def test_bag_called_like_a_key_is_skipped(tmp_path):
+    """A bag whose name begins as a config key does is a bag as any other."""
+    write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    truncated("mcap", 0.5)(tmp_path / "bags" / "data.second")
+    _, skipped = load_episodes(settings(tmp_path / "bags", on_bad_bag="skip"), 1, False)
+    assert [s["bag"] for s in skipped] == ["data.second"]
+
+
+# -- bags that do not go together ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", [None, [6, 8]], ids=["as-is", "resized"])
+def test_sizes_that_differ_between_bags(tmp_path, resize):
+    """Two cameras' sizes do not go into one data set, unless image_resize brings them to one."""
+    write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    write_bag(tmp_path / "bags" / "b", make_take(seconds=0.4, size=(10, 12)).messages())
+    wanted = settings(tmp_path / "bags", image_resize=resize)
+    if resize:
+        assert {e.image_shape["color"] for e in load_episodes(wanted, 1, False)[0]} == {(6, 8)}
+    else:
+        message = error_of(lambda: load_episodes(wanted, 1, False))
+        assert all(word in message for word in ("b: ", "10x12", "those of a", "6x8", "conventions.image_resize"))
+
+
+def test_two_bags_with_different_joints(tmp_path):
+    """The second robot's names are listed."""
+    write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    names = [f"left_{n}" for n in JOINTS]
+    other = [(t, n, joint_state(n, np.ones(6), names) if t == JOINT_TOPIC else m) for t, n, m in TAKE.messages()]
+    write_bag(tmp_path / "bags" / "b", other)
+    message = error_of(lambda: load_episodes(settings(tmp_path / "bags"), 1, False))
+    assert message.startswith("b: ") and "shoulder_pan_joint" in message and "left_elbow_joint" in message
+
+
+def test_copies_are_reported_and_kept_together(tmp_path):
+    """A bag with the bytes of another says so, in the report and in the table."""
+    bag = write_bag(tmp_path / "bags" / "a", make_take(seconds=0.3).messages())
+    (tmp_path / "bags" / "b").symlink_to(tmp_path / "copy")
+    shutil.copytree(bag, tmp_path / "copy")
+    write_bag(tmp_path / "bags" / "c", make_take(seconds=0.3, seed=1).messages())
+    episodes, _ = load_episodes(settings(tmp_path / "bags"), 1, False)
+    assert [e.sync_report["same_bytes_as"] for e in episodes] == ["", "a", ""]
+    assert "b has the same bytes as a" in sync_table([e.sync_report for e in episodes])
+
+
+# -- training and validation --------------------------------------------------------------------------------------
+
+
+def named(count, copies=()):
+    """Episodes of which only name and content matter; `copies` maps an episode's number to the one it copies."""
+    blank = sync(make_take(seconds=0.3))
+    copies = dict(copies)
+    return [dataclasses.replace(blank, name=f"e{i:02}", content_hash=f"hash{copies.get(i, i)}") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held_out"),
+    [
+        (4, 0.1, 0),
+        (5, 0.1, 1),
+        (9, 0.1, 1),
+        (20, 0.1, 2),
+        (10, 0.5, 5),
+        (5, 0.0, 0),
+        (4, 0.5, 2),
+        (1, 0.9, 0),
+        (2, 1, 1),
+    ],
+)
+def test_how_many_are_held_out(count, fraction, held_out):
+    """val_fraction of the episodes, at least one of five or more, never all."""
+    training, validation = split_episodes(named(count), fraction, seed=3)
+    assert len(validation) == held_out and len(training) == count - held_out > 0
+    assert sorted(e.name for e in training + validation) == [e.name for e in named(count)]
+
+
+def test_split_is_deterministic():
+    """By the seed alone; another seed splits otherwise."""
+    splits = [[e.name for e in split_episodes(named(30), 0.2, seed)[1]] for seed in (1, 1, 2)]
+    assert splits[0] == splits[1] != splits[2]
+    assert splits[0] == sorted(splits[0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_stay_on_one_side(seed):
+    """The same recording twice never sits in training and validation at once."""
+    training, validation = split_episodes(named(10, {7: 2, 9: 2, 8: 0}.items()), 0.3, seed)
+    assert not {e.content_hash for e in training} & {e.content_hash for e in validation}
+    assert validation

@@ -1,0 +1,115 @@
+"""python -m rosbag_dataset: what it shows, what it finds wrong, and that it writes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rosbag_dataset.inspection import main
+from tests.bags import CAMERA_TOPIC, JOINT_TOPIC, compressed, make_take, storage_file, write_bag
+from tests.checks import ROOT, TAKE, flip
+
+
+def inspect(capsys, *args):
+    """-> (exit code, stdout, stderr) of the inspection."""
+    code = main([str(a) for a in args])
+    return code, *capsys.readouterr()
+
+
+def files_below(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["plain", "verify"])
+def test_inspection_writes_nothing(bag_dir, verify, tmp_path):
+    """As a command of its own, in the folder of the bags: topics, the table, exit code 0, and no file anywhere."""
+    before = files_below(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "rosbag_dataset", bag_dir, *verify],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"    {CAMERA_TOPIC}  sensor_msgs/msg/Image  11\n" in done.stdout
+    assert f"    {JOINT_TOPIC}  sensor_msgs/msg/JointState  50\n" in done.stdout
+    assert "2 episodes, 22 frames kept, 0 dropped, 2 segments" in done.stdout
+    assert files_below(tmp_path) == before
+
+
+def test_inspection_report(bag_dir, tmp_path, capsys):
+    """--json holds what the table is made of, and each bad bag with the reason; exit code 1 then."""
+    os.truncate(storage_file(bag_dir / "b"), 5000)
+    code, out, err = inspect(capsys, bag_dir, "--json", tmp_path / "report.json")
+    assert code == 1 and "error: b: b.mcap is damaged" in err and len(err.splitlines()) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [e["episode"] for e in report["episodes"]] == ["a"] and report["episodes"][0]["frames"] == 11
+    assert [b["bag"] for b in report["bad"]] == ["b"] and report["bad"][0]["why"] in err
+    assert "1 episodes, 11 frames kept" in out
+
+
+def test_inspection_verifies_pixels_when_asked(tmp_path, capsys):
+    """A JPEG that does not decode is found by --verify; without it only headers are looked at."""
+    frames = [(CAMERA_TOPIC, int(t), compressed(0, b"not a picture")) for t in TAKE.camera_ns]
+    write_bag(tmp_path / "bags" / "a", [m for m in TAKE.messages() if m[0] == JOINT_TOPIC] + frames)
+    assert inspect(capsys, tmp_path / "bags")[0] == 0
+    code, _, err = inspect(capsys, tmp_path / "bags", "--verify")
+    assert code == 1 and "do not decode" in err
+
+
+def test_inspection_finds_copies(bag_dir, tmp_path, capsys):
+    """Copies are pointed out; --verify compares every byte and tells look-alikes apart."""
+    for name in ("c", "d"):
+        shutil.copytree(bag_dir / "a", bag_dir / name)
+        with storage_file(bag_dir / name).open("ab") as stream:
+            stream.write(bytes(3 << 20))
+    flip(storage_file(bag_dir / "d"), 1 << 21)
+    assert "d has the same bytes as c" in inspect(capsys, bag_dir)[1]
+    assert "same bytes" not in inspect(capsys, bag_dir, "--verify")[1]
+
+
+def test_inspection_finds_sizes_that_differ(bag_dir, capsys):
+    """What training would refuse, the inspection refuses."""
+    write_bag(bag_dir / "c", make_take(seconds=0.4, size=(10, 12)).messages())
+    code, _, err = inspect(capsys, bag_dir)
+    assert code == 1 and "c: images of color are 10x12, those of a are 6x8" in err
+
+
+def test_inspection_with_a_config(bag_dir, tmp_path, capsys):
+    """--config brings topics and joints; what it does not hold is as in config.yaml."""
+    config = tmp_path / "my.yaml"
+    config.write_text(yaml.safe_dump({"data": {"fps": 10, "camera_topic": "/nope"}, "model": {"chunk_size": 3}}))
+    code, _, err = inspect(capsys, bag_dir, "--config", config)
+    assert code == 1 and f"no topic /nope; set it to one of the topics in this bag: {CAMERA_TOPIC}" in err
+    config.write_text(yaml.safe_dump({"data": {"fps": 10}}))
+    code, out, _ = inspect(capsys, bag_dir, "--config", config)
+    assert code == 0 and "8 frames kept" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("data: [1", "cannot be read as a config"),
+        ("data:\n\tfps: 3", "cannot be read"),
+        ("data: {fps: fast}", "'fast'"),
+    ],
+    ids=["not-yaml", "tab", "wrong-type"],
+)
+def test_inspection_with_a_bad_config(bag_dir, tmp_path, capsys, text, fact):
+    """One line, exit code 1."""
+    (tmp_path / "bad.yaml").write_text(text)
+    code, _, err = inspect(capsys, bag_dir, "--config", tmp_path / "bad.yaml")
+    assert code == 1 and err.startswith("error: ") and fact in err and len(err.splitlines()) == 1
+
+
+def test_inspection_of_nothing(bag_dir, tmp_path, capsys):
+    """A folder that is not there, and a report that cannot be written: one line each."""
+    code, _, err = inspect(capsys, tmp_path / "absent")
+    assert code == 1 and err.startswith("error: data.bag_dir: ") and len(err.splitlines()) == 1
+    code, _, err = inspect(capsys, bag_dir, "--json", tmp_path / "absent" / "report.json")
+    assert code == 1 and "--json" in err and "No such file" in err and len(err.splitlines()) == 1
