@@ -1,0 +1,137 @@
+"""Imports run one way: no circle among the rooms (modules) of a package, and nothing from packages above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rosbag_dataset
+from tests.checks import ROOT
+
+
+def imports_of(package: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """What the rooms of a package import, wherever in the file: in functions and under TYPE_CHECKING, too.
+
+    Args:
+        package: a folder with __init__.py; its rooms are its .py files.
+
+    Returns:
+        (room -> rooms of the same package, which may be "__init__"; room -> top-level names of all other modules).
+    """
+    assert not list(package.glob("*/*.py")), "a package inside the package would go unseen"
+    rooms = {path.stem: path for path in package.glob("*.py")}
+    inside: dict[str, set[str]] = {room: set() for room in rooms}
+    outside: dict[str, set[str]] = {room: set() for room in rooms}
+    for room, path in rooms.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level < 2, f"{path}, line {node.lineno}: leaves its package by dots"
+                module = ".".join(filter(None, [package.name if node.level else "", node.module]))
+                names = [f"{module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                top, *rest = name.split(".")
+                if top != package.name:
+                    outside[room].add(top)
+                else:
+                    inside[room].add(rest[0] if rest and rest[0] in rooms else "__init__")
+    return inside, outside
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Some room, what it imports, and so on back to that room; [] where imports run one way."""
+    done: set[str] = set()
+
+    def visit(room: str, path: list[str]) -> list[str]:
+        if room in path:
+            return [*path[path.index(room) :], room]
+        if room in done:
+            return []
+        for other in sorted(edges[room]):
+            if found := visit(other, [*path, room]):
+                return found
+        done.add(room)
+        return []
+
+    return next((found for room in sorted(edges) if (found := visit(room, []))), [])
+
+
+def project_modules() -> set[str]:
+    """Top-level names that this repository brings: modules and packages in its root and in deploy/."""
+    folders = [path.parent for path in [*ROOT.glob("*/__init__.py"), *ROOT.glob("deploy/*/__init__.py")]]
+    return {path.stem for path in ROOT.glob("*.py")} | {folder.name for folder in folders}
+
+
+# package -> what else of the project it may import; heavy libraries that it must do without
+RULES = {
+    "rosbag_dataset": (set(), {"torch", "torchvision", "lerobot"}),
+}
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_no_circle_among_the_rooms(package: str):
+    """One can read a package from the bottom up: each room needs only those that were read before."""
+    inside, _ = imports_of(ROOT / package)
+    assert not circle(inside), " -> ".join(circle(inside))
+    assert len(inside) > 1 and any(inside.values())
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_nothing_from_above(package: str):
+    """A package imports of this project what the table allows, and none of the libraries that it must do without."""
+    allowed, without = RULES[package]
+    _, outside = imports_of(ROOT / package)
+    forbidden = (project_modules() - {Path(package).name} - allowed) | without
+    assert {"train", "act_model", "lerobot_checkpoint", "sim"} & project_modules() <= forbidden
+    assert {room: names & forbidden for room, names in outside.items() if names & forbidden} == {}
+
+
+def test_rosbag_dataset_loads_no_torch():
+    """Not by way of some library, either."""
+    code = "import sys, rosbag_dataset; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_others_import_what_rosbag_dataset_exports():
+    """Outside of tests, from the package itself and by the names in __all__: its rooms may move."""
+    assert sorted(rosbag_dataset.__all__) == sorted(set(rosbag_dataset.__all__))
+    others = [*ROOT.glob("*.py"), *(p for f in ("benchmarks", "deploy", "sim") for p in ROOT.glob(f"{f}/**/*.py"))]
+    used = set()
+    for path in others:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "rosbag_dataset":
+                assert node.module == "rosbag_dataset", f"{path}, line {node.lineno}"
+                used |= {alias.name for alias in node.names}
+    assert used and used <= set(rosbag_dataset.__all__)
+
+
+ROOMS = {
+    "plain": ("from .b import x", "from .a import y", ["a", "b", "a"]),
+    "in a function": ("from .b import x", "def f():\n    from .a import y", ["a", "b", "a"]),
+    "for a type checker": ("from . import b", "if TYPE_CHECKING:\n    from . import a", ["a", "b", "a"]),
+    "by its full name": ("import box.b", "from box import a", ["a", "b", "a"]),
+    "through __init__": ("from . import VERSION", "", ["__init__", "a", "__init__"]),
+    "of one room": ("from .a import x", "", ["a", "a"]),
+    "none": ("from .b import x\nimport b, os", "import a, torch.nn", []),
+}
+
+
+@pytest.mark.parametrize("a, b, found", ROOMS.values(), ids=list(ROOMS))
+def test_circles_are_found(tmp_path: Path, a: str, b: str, found: list[str]):
+    """Wherever in a file an import stands; a module of the same name outside the package is another one."""
+    package = tmp_path / "box"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .a import x")
+    (package / "a.py").write_text(a)
+    (package / "b.py").write_text(b)
+    inside, outside = imports_of(package)
+    assert circle(inside) == found
+    if not found:
+        assert outside == {"__init__": set(), "a": {"b", "os"}, "b": {"a", "torch"}}
