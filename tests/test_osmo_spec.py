@@ -173,41 +173,52 @@ def test_rendering_is_strict(text: str):
 
 
 def imported_modules(*start: Path) -> set[Path]:
-    """The files of this repository that `start` import, directly or not."""
+    """The files of this repository that `start` import, directly or not; of a package its __init__.py, too."""
     found: set[Path] = set()
     waiting = list(start)
     while waiting:
         path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
         found.add(path)
+        waiting.append(path.with_name("__init__.py"))  # there if `path` is in a package
         for node in ast.walk(ast.parse(path.read_text())):
+            base = ROOT
             if isinstance(node, ast.Import):
-                names = [(alias.name, 0) for alias in node.names]
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [(node.module or "", node.level)]
-                names += [(f"{node.module}.{alias.name}".removeprefix("None."), node.level) for alias in node.names]
+                base = path.parents[node.level - 1] if node.level else ROOT
+                names = [".".join(filter(None, [node.module, alias.name])) for alias in node.names]
             else:
                 continue
-            for name, level in names:
-                base = path.parent if level else ROOT
-                for candidate in (base / name.replace(".", "/")).with_suffix(".py"), path.parent / f"{name}.py":
-                    if name and candidate.is_file() and candidate not in found:
-                        waiting.append(candidate)
+            for name in names:  # of a.b.c all three, each a module or a package; those that are neither are no files
+                parts = name.split(".")
+                for count in range(1, len(parts) + 1):
+                    module = base.joinpath(*parts[:count])
+                    waiting += [module.with_suffix(".py"), module / "__init__.py"]
     return found
+
+
+def test_packages_are_followed():
+    """The table of what is injected and copied is made of this: a package is its __init__.py and what that imports."""
+    names = {str(path.relative_to(ROOT)) for path in imported_modules(ROOT / "run_summary.py")}
+    rooms = {f"rosbag_dataset/{path.name}" for path in (ROOT / "rosbag_dataset").glob("*.py")}
+    assert names >= rooms - {"rosbag_dataset/__main__.py"} and "rosbag_dataset/__main__.py" not in names
 
 
 @each_workflow
 def test_the_injected_files_are_complete(path: Path):
     """The trainer with every module of ours that it imports, the script, the config; each where the command is."""
     unread = load(render(*sections(path.read_text())))
-    wanted = {module.name for module in imported_modules(ROOT / "train.py")}
+    wanted = {str(module.relative_to(ROOT)) for module in imported_modules(ROOT / "train.py")}
     for task in training_tasks(unread):
-        local = {Path(f["path"]).name: OSMO / f["localpath"] for f in task["files"]}
+        assert all(f["path"].startswith("/workspace/") for f in task["files"])
+        local = {str(Path(f["path"]).relative_to("/workspace")): OSMO / f["localpath"] for f in task["files"]}
         assert {name for name in local if name.endswith(".py")} == wanted
         assert all((ROOT / name).samefile(local[name]) for name in wanted)
         scripts = {word.removeprefix("/workspace/") for word in task["command"] if word.startswith("/workspace/")}
         assert set(local) == wanted | scripts | {"config.yaml"}
         assert local["config.yaml"] == config_of(path)
-        assert all(f["path"].startswith("/workspace/") for f in task["files"])
 
 
 def injected_files() -> list[Path]:
@@ -228,7 +239,9 @@ def test_injected_files_hold_nothing_that_a_template_engine_would_take(path: Pat
 def test_an_injected_brace_would_be_noticed(tmp_path: Path):
     """The guard above and the second rendering agree: what one forbids, the other trips over."""
     for module in imported_modules(ROOT / "train.py"):
-        (tmp_path / module.name).write_text(module.read_text())
+        copy_of = tmp_path / module.relative_to(ROOT)
+        copy_of.parent.mkdir(exist_ok=True)
+        copy_of.write_text(module.read_text())
     (tmp_path / "osmo").mkdir()
     for path in OSMO.iterdir():
         if path.is_file():
