@@ -167,7 +167,7 @@ def test_rosbags_itself_stays_as_it_is(tmp_path):
     before = vars(storage_mcap).copy(), vars(storage_mcap.McapReader).copy(), vars(Reader).copy()
     assert_is_take(tmp_path / "bags")
     assert (vars(storage_mcap), vars(storage_mcap.McapReader), vars(Reader)) == before
-    assert storage_mcap.get_msgdef.__module__ == storage_mcap.__name__
+    assert not [name for name, thing in before[0].items() if "rosbag_dataset" in str(getattr(thing, "__module__", ""))]
     with pytest.raises(KeyError, match="unknown"):
         Reader(file).open()
 
