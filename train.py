@@ -10,7 +10,7 @@
 Every setting, its unit and its default is in the schema below; config.yaml shows them all. A relative path in a
 config is relative to the config's folder, a relative path on the command line to the working directory.
 
-The output directory gets checkpoint_NNNNNN/ (see lerobot_checkpoint.py), `last` and `best` links, metrics.jsonl,
+The output directory gets checkpoint_NNNNNN/ (see lerobot_checkpoint/), `last` and `best` links, metrics.jsonl,
 sync_report.json (what became of every bag), summary.json and summary.png.
 """
 
@@ -947,8 +947,8 @@ def source_version() -> dict[str, str]:
     """The trainer's version and a hash of its root modules: an injected copy has no git history to ask."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    modules = [root / name for name in ("train.py", "act_model.py", "augment.py", "lerobot_checkpoint.py")]
-    for path in [*modules, *sorted((root / "rosbag_dataset").glob("*.py"))]:
+    files = [root / name for name in ("train.py", "act_model.py", "augment.py")]
+    for path in [*files, *sorted(p for name in ("rosbag_dataset", "lerobot_checkpoint") for p in (root / name).glob("*.py"))]:
         digest.update(path.read_bytes())
     return {"version": VERSION, "source_sha256": digest.hexdigest()}
 

@@ -14,7 +14,8 @@ import train
 from tests.tiny import ROOT
 from train import Config, ConfigError, load_config
 
-ROOT_MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("rosbag_dataset/*.py")])
+ROOT_PACKAGES = ("lerobot_checkpoint", "rosbag_dataset")
+ROOT_MODULES = sorted([*ROOT.glob("*.py"), *(path for name in ROOT_PACKAGES for path in ROOT.glob(f"{name}/*.py"))])
 
 
 def write(folder: Path, text: str) -> Path:

@@ -179,8 +179,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(sample_bags: Path, tmp_
 
 
 UNEVEN = """
-import os, sys, time, lerobot_checkpoint, train
-original, move, calls = train.loss_terms, lerobot_checkpoint.move_into_place, []
+import os, sys, time, train
+from lerobot_checkpoint import saving
+original, move, calls = train.loss_terms, saving.move_into_place, []
 def fails(*args):
     calls.append(None)
     if os.environ["RANK"] == "1" and len(calls) == 3:
@@ -188,7 +189,11 @@ def fails(*args):
         raise train.TrainingError("rank 1 cannot go on")
     return original(*args)
 train.loss_terms = fails
-lerobot_checkpoint.move_into_place = lambda *paths: (time.sleep(3), move(*paths))
+def slowly(*paths):
+    time.sleep(3)
+    move(*paths)
+    print("moved after rank 1 had failed", flush=True)
+saving.move_into_place = slowly
 sys.exit(train.main(sys.argv[2:]))
 """
 
@@ -203,6 +208,7 @@ def test_a_save_under_way_is_finished_when_another_rank_fails(sample_bags: Path,
     )  # fmt: skip
     assert done.returncode == 1
     assert our_errors(done.stderr) == ["error: rank 1 cannot go on"]
+    assert "moved after rank 1 had failed" in done.stdout
     verify_checkpoint(tmp_path / "run/checkpoint_000002")
 
 

@@ -18,7 +18,7 @@ import torch
 import lerobot_checkpoint
 import run_summary
 import train
-from lerobot_checkpoint import load_policy, load_training_state
+from lerobot_checkpoint import load_policy, load_training_state, saving
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
 
 EVERY_STEP = {"training__log_freq": 1, "training__save_freq": 2}
@@ -402,8 +402,8 @@ def test_the_named_batch_is_the_batch_that_was_sick(sample_bags: Path, tmp_path:
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 def test_a_save_that_fails_stops_or_goes_on_as_asked(sample_bags: Path, tmp_path, capsys, monkeypatch, choice):
     """A full disk at the second save: reported, the first checkpoint is whole. (The disk is staged with an OSError;
-    a really full disk is in test_lerobot_checkpoint.py.)"""
-    original, calls = lerobot_checkpoint.move_into_place, []
+    a really full disk is in test_saving.py.)"""
+    original, calls = saving.move_into_place, []
 
     def full(*args):
         calls.append(None)
@@ -411,7 +411,7 @@ def test_a_save_that_fails_stops_or_goes_on_as_asked(sample_bags: Path, tmp_path
             raise OSError(28, "No space left on device")
         return original(*args)
 
-    monkeypatch.setattr(lerobot_checkpoint, "move_into_place", full)
+    monkeypatch.setattr(saving, "move_into_place", full)
     settings = {"training__steps": 6, "training__save_freq": 2, "training__on_save_error": choice}
     code = train.main(arguments(sample_bags, tmp_path, **settings))
     error = capsys.readouterr().err
@@ -427,7 +427,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sample_bags: Path, tmp_p
     """A slow disk: steps are taken during the save, one save is in flight at a time, and what is written is the state
     of the step that it is named after, not of the steps since."""
     steps, spans = [0], []
-    original_step, original_move = train.Trainer.train_step, lerobot_checkpoint.move_into_place
+    original_step, original_move = train.Trainer.train_step, saving.move_into_place
 
     def counted(self, raw):
         flags = original_step(self, raw)
@@ -445,7 +445,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sample_bags: Path, tmp_p
     plain = run(sample_bags, tmp_path / "plain", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "train_step", counted)
-        patch.setattr(lerobot_checkpoint, "move_into_place", slow)
+        patch.setattr(saving, "move_into_place", slow)
         slowed = run(sample_bags, tmp_path / "slow", **settings)
     assert [saved for saved, _ in spans] == [4, 8, 12]
     assert all(reached > saved for saved, reached in spans[:2]), "no step was taken while a checkpoint was written"

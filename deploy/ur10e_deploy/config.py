@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lerobot_checkpoint import CONFIG, TRAIN_CONFIG, Policy, find_pretrained, read_json
+from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
 from rosbag_dataset import UR_JOINTS, wrap_to_pi
 
 CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
@@ -118,11 +118,11 @@ def has_contract(checkpoint: Path) -> bool:
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    file = find_pretrained(checkpoint) / TRAIN_CONFIG
+    file = find_pretrained(checkpoint) / TRAIN_CONFIG_FILE
     return file.exists() and "action_mode" in read_json(file)
 
 
-def read_contract(policy: Policy, said: Mapping[str, Any]) -> RobotContract:
+def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContract:
     """The contract of a loaded checkpoint.
 
     Args:
@@ -137,8 +137,8 @@ def read_contract(policy: Policy, said: Mapping[str, Any]) -> RobotContract:
     shapes, state_dim = policy.image_shapes, policy.act_config.state_dim
     if policy.act_config.action_dim != state_dim:
         raise PolicyError(
-            f"{policy.path / CONFIG}: {state_dim} joints in the state, {policy.act_config.action_dim} in the action; "
-            "expected the same joints in both, to which actions are positions or deltas"
+            f"{policy.path / CONFIG_FILE}: {state_dim} joints in the state, {policy.act_config.action_dim} in the "
+            "action; expected the same joints in both, to which actions are positions or deltas"
         )
     if has_contract(policy.path):
         return _from_trainer(policy, policy.train_config, said)
@@ -164,7 +164,7 @@ def read_contract(policy: Policy, said: Mapping[str, Any]) -> RobotContract:
         )
     resize = said.get("image_resize")
     if resize and (wrong := {c: s for c, s in shapes.items() if s != tuple(resize)}):
-        raise PolicyError(f"--image-resize {resize[0]} {resize[1]}: {policy.path / CONFIG} says {wrong} (H, W)")
+        raise PolicyError(f"--image-resize {resize[0]} {resize[1]}: {policy.path / CONFIG_FILE} says {wrong} (H, W)")
     return RobotContract(
         action_mode=said["action_mode"],
         joint_names=tuple(names) if names else None,
@@ -182,8 +182,8 @@ def read_contract(policy: Policy, said: Mapping[str, Any]) -> RobotContract:
     )
 
 
-def _from_trainer(policy: Policy, content: Mapping[str, Any], said: Mapping[str, Any]) -> RobotContract:
-    where = policy.path / TRAIN_CONFIG
+def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mapping[str, Any]) -> RobotContract:
+    where = policy.path / TRAIN_CONFIG_FILE
     try:
         config = content["config"]
         contract = RobotContract(
@@ -199,7 +199,7 @@ def _from_trainer(policy: Policy, content: Mapping[str, Any], said: Mapping[str,
             held_out_episodes=tuple(content["held_out_episodes"]),
             data_settings={**config["data"], **config["conventions"]},
             code=dict(content["code"]),
-            source=TRAIN_CONFIG,
+            source=TRAIN_CONFIG_FILE,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(
@@ -209,12 +209,14 @@ def _from_trainer(policy: Policy, content: Mapping[str, Any], said: Mapping[str,
     for name in ("joint_names", "joint_sign", "revolute"):
         if len(getattr(contract, name)) != joints:
             raise PolicyError(
-                f"{where}: {len(getattr(contract, name))} {name}; {CONFIG} has {joints} joints in the state"
+                f"{where}: {len(getattr(contract, name))} {name}; {CONFIG_FILE} has {joints} joints in the state"
             )
     if contract.action_mode not in ACTION_MODES:
         raise PolicyError(f"{where}: action_mode is {contract.action_mode!r}; expected {' or '.join(ACTION_MODES)}")
     if contract.image_resize and any(shape != contract.image_resize for shape in contract.cameras.values()):
-        raise PolicyError(f"{where}: image_resize is {contract.image_resize}; {CONFIG} says {contract.cameras} (H, W)")
+        raise PolicyError(
+            f"{where}: image_resize is {contract.image_resize}; {CONFIG_FILE} says {contract.cameras} (H, W)"
+        )
     for name, flag in (("action_mode", "--action-mode"), ("wrap_angles", "--wrap"), ("image_resize", "--image-resize")):
         value, written = said.get(name), getattr(contract, name)
         if value is not None and value != written:

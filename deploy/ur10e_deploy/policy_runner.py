@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from act_model import ACTION, STATE, TemporalEnsembler, describe_mismatch
-from lerobot_checkpoint import PREPROCESSOR, WEIGHTS, Policy, buffer_names, image_key, load_policy, read_tensors
+from lerobot_checkpoint import (
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    LoadedPolicy,
+    buffer_names,
+    image_key,
+    load_policy,
+    read_tensors,
+)
 from rosbag_dataset import resize_image
 
 from .config import CONTROL_HZ, ENSEMBLE_M, WARM_UP_INFERENCES, PolicyError, read_contract
@@ -52,7 +60,7 @@ class NativeBackend:
 
     name, version = "native", None
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: LoadedPolicy) -> None:
         self._policy = policy
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
@@ -69,7 +77,7 @@ class LeRobotBackend:
 
     name = "lerobot"
 
-    def __init__(self, policy: Policy, device: torch.device) -> None:
+    def __init__(self, policy: LoadedPolicy, device: torch.device) -> None:
         try:
             from lerobot.configs.policies import PreTrainedConfig
             from lerobot.policies.act.modeling_act import ACTPolicy
@@ -89,24 +97,24 @@ class LeRobotBackend:
         self._policy = ACTPolicy(config)
 
         # from_pretrained loads what fits and says nothing of the rest (strict=False): so not through it.
-        found, expected = read_tensors(policy.path / WEIGHTS), self._policy.state_dict()
+        found, expected = read_tensors(policy.path / WEIGHTS_FILE), self._policy.state_dict()
         own_buffers = any(key.startswith("normalize_inputs.") for key in expected)
         if not own_buffers:  # this version normalises outside; what a union directory holds for 0.3.2 is not its own
             prefixes = tuple(name for names in buffer_names(policy.act_config) for name in names.values())
             found = {key: tensor for key, tensor in found.items() if not key.startswith(prefixes)}
         if own_buffers and not any(key.startswith("normalize_inputs.") for key in found):
-            raise CannotLoad(f"{this} normalises from buffers among the weights, and {WEIGHTS} has none")
+            raise CannotLoad(f"{this} normalises from buffers among the weights, and {WEIGHTS_FILE} has none")
         if mismatch := describe_mismatch(expected, found):
             raise PolicyError(
-                f"{policy.path / WEIGHTS}: {this} expects other tensors: {mismatch}; use a complete checkpoint"
+                f"{policy.path / WEIGHTS_FILE}: {this} expects other tensors: {mismatch}; use a complete checkpoint"
             )
         self._policy.load_state_dict(found)
         self._policy.to(device).eval()
 
         self._before = self._after = lambda batch: batch
         if not own_buffers:
-            if not (policy.path / PREPROCESSOR).exists():
-                raise CannotLoad(f"{this} normalises in processors, and there is no {PREPROCESSOR}")
+            if not (policy.path / PREPROCESSOR_FILE).exists():
+                raise CannotLoad(f"{this} normalises in processors, and there is no {PREPROCESSOR_FILE}")
             try:
                 from lerobot.policies.factory import make_pre_post_processors
 
@@ -122,7 +130,7 @@ class LeRobotBackend:
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
         return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
 
-    def _check_against(self, policy: Policy, device: torch.device) -> None:
+    def _check_against(self, policy: LoadedPolicy, device: torch.device) -> None:
         """Normalised exactly once? Then one observation, far from zero, gives the actions that ours gives."""
         generator = torch.Generator().manual_seed(0)
         joints = torch.randn(1, policy.act_config.state_dim, generator=generator).to(device)
@@ -206,7 +214,7 @@ class PolicyRunner:
 
     Attributes:
         contract: RobotContract.
-        policy: lerobot_checkpoint.Policy, with the statistics.
+        policy: lerobot_checkpoint.LoadedPolicy, with the statistics.
         backend, backend_version, device, mode, chunk_size, n_action_steps, ensemble_m: what was chosen.
         notes: lines that a person should read.
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from act_model import ACTION
-from lerobot_checkpoint import PRETRAINED, WEIGHTS, file_sha256
+from lerobot_checkpoint import PRETRAINED_DIR, WEIGHTS_FILE, file_sha256
 
 from . import report
 from .checks import EvalError
@@ -207,13 +207,13 @@ class Output:
 def checkpoint_identity(runner: PolicyRunner) -> dict[str, Any]:
     """Which policy this was: enough to find it again, and to know that it is the same."""
     path = runner.policy.path
-    owner = path.parent if path.name == PRETRAINED else path
+    owner = path.parent if path.name == PRETRAINED_DIR else path
     step = re.search(r"(\d{3,})$", owner.name)
     return {
         "path": str(path),
         "name": "/".join(owner.parts[-2:]),
         "step": int(step[1]) if step else None,
-        "weights_sha256": file_sha256(path / WEIGHTS),
+        "weights_sha256": file_sha256(path / WEIGHTS_FILE),
         "parameters": sum(p.numel() for p in runner.policy.model.parameters()),
         "trained_by": runner.contract.code or None,
     }
