@@ -37,8 +37,9 @@ from lerobot_checkpoint import CheckpointError
 from . import report
 from .checks import EvalError, check_data, check_source, choose_episodes
 from .config import ACTION_MODES, PolicyError, RobotContract, has_contract
+from .episode_result import ChunkErrors, EpisodeResult
 from .policy_runner import BACKENDS, DEVICES, MODES, PolicyRunner
-from .results import ChunkErrors, EpisodeResult, Output, screen, summarise, table
+from .results import Output, screen, summarise, table
 from .sources import BagSource, EpisodeData, EpisodeSource, SourceError
 
 EXIT_GATE = 3

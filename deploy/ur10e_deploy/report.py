@@ -16,12 +16,11 @@ import cv2
 import numpy as np
 
 from .config import CONTROL_HZ, RobotContract
+from .episode_result import EpisodeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .results import EpisodeResult
 
 RECORDED, PREDICTED, ERROR, BUDGET = "0.25", "#0072B2", "#D55E00", "#009E73"
 POLICY_COLOURS = {"policy": PREDICTED, "no motion": "0.55", "mean action": "0.8"}

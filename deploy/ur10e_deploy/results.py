@@ -9,7 +9,6 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lerobot_checkpoint import PRETRAINED_DIR, WEIGHTS_FILE, file_sha256
 from . import report
 from .checks import EvalError
 from .config import RobotContract
+from .episode_result import ChunkErrors, EpisodeResult
 from .policy_runner import PolicyRunner
 from .sources import EpisodeSource
 
@@ -32,39 +32,6 @@ DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of s
 RESULT_FILE = re.compile(
     r"report\.html|summary\.json|overview\.png|all_episodes\.parquet|episode_\d+(_rollout)?\.(parquet|png)"
 )
-
-
-@dataclass
-class EpisodeResult:
-    """The policy on the N evaluated frames of an episode; J joints."""
-
-    index: int
-    name: str
-    frame: np.ndarray  # (N,) int64, position in the episode
-    timestamp_s: np.ndarray  # (N,) float64, since the episode's start
-    state_rad: np.ndarray  # (N, J) float32, recorded
-    predicted: np.ndarray  # (N, J) float32
-    recorded: np.ndarray  # (N, J) float32
-    seconds: np.ndarray  # (N,) float64, what the control step took
-    inferred: np.ndarray  # (N,) bool; False: the action came from the queue
-    segment: np.ndarray  # (N,) int64
-    rollout_rad: np.ndarray | None  # (N, J) float64: where the policy's own actions have led by this frame
-    without_action: int  # frames in the range that have no recorded action, and were left out
-    thumbnails: list[tuple[float, dict[str, np.ndarray]]]  # (seconds, camera -> image)
-
-
-@dataclass
-class ChunkErrors:
-    """Sum of |error| and number of recorded actions by position in the chunk: how far ahead can it see?"""
-
-    total: np.ndarray  # (chunk, J) float64
-    count: np.ndarray  # (chunk,) int64
-
-    def add(self, chunk: np.ndarray, recorded: np.ndarray) -> None:
-        """chunk (chunk, J); recorded (n, J), the actions that followed, n <= chunk."""
-        n = len(recorded)
-        self.total[:n] += np.abs(chunk[:n].astype(np.float64) - recorded)
-        self.count[:n] += 1
 
 
 def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
