@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -92,3 +93,48 @@ def test_commands_name_programs_that_exist(page: Path):
             assert importlib.util.find_spec(arguments[1]), f"python -m {arguments[1]}"
         elif script := next((word for word in arguments if word.endswith(".py")), None):
             assert (ROOT / script).is_file(), f"{script} does not exist"
+
+
+# -- the map of the code ------------------------------------------------------------------------------------------
+
+
+def names_in(path: Path) -> set[str]:
+    """What a Python file defines: functions, classes, methods as Class.method, and names assigned at the top."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            methods = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {f"{node.name}.{method.name}" for method in methods if isinstance(method, ast.FunctionDef)}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def map_entries() -> list[tuple[str, str]]:
+    """(file, name defined in it or "") of every `file` and `file`: `name`, `name` on the architecture page."""
+    entries = []
+    for file, names in re.findall(r"`([\w/.-]+\.(?:py|sh|yaml|md))`(?::((?:,? (?:and )?`[\w.]+`)+))?", prose(ARCHITECTURE)):
+        defined = re.findall(r"`([\w.]+)`", names)
+        entries += [(file, name) for name in defined] or [(file, "")]
+    return entries
+
+
+@pytest.mark.parametrize("file, name", map_entries())
+def test_the_map_names_what_exists(file: str, name: str):
+    """A room or function that was renamed would send a newcomer nowhere."""
+    path = next((p for p in (ROOT / file, *ROOT.glob(f"*/{file}")) if p.is_file()), None)
+    assert path, f"{file} does not exist"
+    assert not name or name in names_in(path), f"{file} defines no {name}"
+
+
+def test_the_map_leads_through_every_package():
+    assert len(map_entries()) > 40
+    folders = {file.partition("/")[0] for file, _ in map_entries()}
+    assert {"training", "rosbag_dataset", "lerobot_checkpoint", "deploy", "osmo", "benchmarks"} <= folders
+
+
+def test_train_py_can_be_read_in_one_sitting():
+    """What grows past this has a room of its own in training/."""
+    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= 700
