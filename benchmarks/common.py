@@ -30,6 +30,7 @@ import train
 from lerobot_checkpoint import CheckpointError, save_checkpoint
 from rosbag_dataset import BagError, find_bags
 from sim.record import plan_episode
+from training.identity import source_version
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 0  # of the recorded bags and of the models' random weights
@@ -488,7 +489,7 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        **train.source_version(),
+        **source_version(),
     }
 
 

@@ -39,6 +39,8 @@ from benchmarks import common
 from benchmarks.common import BenchmarkError, Report, say
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import COMPRESSED_TYPE, IMAGE_TYPE, Bag, BagSettings, find_bags, load_episodes, typestore_for
+from training import feed
+from training.device import has_fast_bf16
 
 WARM_UP_STEPS = 3
 WARM_UP_INFERENCES = 10
@@ -208,8 +210,8 @@ def samples_per_s(batches: Iterator[Any], options: argparse.Namespace) -> float:
 def make_trainer(options: argparse.Namespace, folder: Path, **settings: Any) -> train.Trainer:
     """A real Trainer in this process, ready for train_step(); its output goes to `folder`, what it says beside it."""
     cfg = common.config(options, data__bag_dir=common.sample_bags(options), training__output_dir=folder, **settings)
-    world = train.World()
-    world.start(cfg.training.device)
+    world = train.detect_ddp()
+    train.join_ddp(world, cfg.training.device)
     stop = train.StopSignal()
     stop.restore()  # Ctrl-C ends a benchmark at once
     with folder.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log):
@@ -232,7 +234,7 @@ def synthetic_batch(trainer: train.Trainer, batch_size: int) -> dict[str, torch.
     for camera, shape in episode.image_shape.items():
         size = (batch_size, *shape, 3)
         raw[f"observation.images.{camera}"] = torch.randint(256, size, generator=generator, dtype=torch.uint8)
-    return train.to_model(train.to_device(raw, trainer.world.device), trainer.normalizer)
+    return feed.to_model(feed.to_device(raw, trainer.world.device), trainer.normalizer)
 
 
 def time_steps(trainer: train.Trainer, batch: dict[str, torch.Tensor], steps: int) -> float:
@@ -314,9 +316,9 @@ def _largest_batch(
 def precisions(options: argparse.Namespace) -> list[str]:
     """fp32, and bf16 where the hardware has it (training.precision: auto)."""
     cfg = common.config(options)
-    world = train.World()
-    world.start(cfg.training.device)
-    return ["fp32", "bf16"] if train.has_fast_bf16(world.device) else ["fp32"]
+    world = train.detect_ddp()
+    train.join_ddp(world, cfg.training.device)
+    return ["fp32", "bf16"] if has_fast_bf16(world.device) else ["fp32"]
 
 
 def flops_per_sample(trainer: train.Trainer) -> float:
@@ -523,8 +525,8 @@ def inference(options: argparse.Namespace) -> None:
     """From one raw observation to a chunk of actions on the host: batch 1, as on the robot."""
     report = Report("inference")
     cfg = common.config(options)
-    world = train.World()
-    world.start(cfg.training.device)
+    world = train.detect_ddp()
+    train.join_ddp(world, cfg.training.device)
     size = (options.height, options.width)
     policy = load_policy(common.random_checkpoint(cfg, options.out / "inference", size), world.device)
     observation = {k: v.to(world.device) for k, v in common.random_observation(cfg, size).items()}

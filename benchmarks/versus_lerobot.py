@@ -33,6 +33,7 @@ from benchmarks import common
 from benchmarks.common import BenchmarkError, Lines, Report, say
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import ChunkDataset, Episode, compute_stats, load_episodes, open_pixels, split_episodes
+from training.device import has_fast_bf16
 
 SIDE = Path(__file__).with_name("lerobot_side.py")
 INFERENCES = 50  # of each kind, in each round
@@ -268,7 +269,7 @@ def training(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
     device = torch.device("cuda" if on_gpu(options) else "cpu")
-    precisions = ["fp32", "bf16"] if train.has_fast_bf16(device) else ["fp32"]
+    precisions = ["fp32", "bf16"] if has_fast_bf16(device) else ["fp32"]
     measures: dict[str, Callable[[], dict[str, float]]] = {"lerobot-train": theirs}
     for precision in precisions:
         measures[f"ours, {precision}"] = lambda precision=precision: ours(precision)

@@ -77,7 +77,7 @@ if [[ -n $resume_from ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; the
 import os, shutil, sys
 from pathlib import Path
 from lerobot_checkpoint import CheckpointError, newest_checkpoint, point_link, verify_checkpoint
-from run_summary import read_metrics
+from training.metrics import read_metrics
 
 earlier, run_dir = map(Path, sys.argv[1:])
 

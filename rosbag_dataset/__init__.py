@@ -27,7 +27,7 @@ from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
 from .episodes import load_episodes, split_episodes
 from .errors import BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, RESIZE_INTERPOLATION, resize_image
-from .inspection import sync_table
+from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
 from .settings import UR_JOINTS, BagSettings, settings_from
@@ -58,6 +58,7 @@ __all__ = [
     "open_pixels",
     "read_bag",
     "resize_image",
+    "resize_notes",
     "settings_from",
     "split_episodes",
     "sync_table",

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .errors import BagError
 from .reading import read_bag
 from .settings import BagSettings, settings_from
 from .storage import open_storage, storage_errors, topics_of
-from .synchronisation import synchronise
+from .synchronisation import Episode, synchronise
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
 
@@ -77,6 +77,19 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 "side of the training/validation split; delete one"
             )
     return "\n".join(lines)
+
+
+def resize_notes(episodes: list[Episode], settings: BagSettings) -> Iterator[str]:
+    """Say when resizing changes the aspect ratio: the picture the network sees is then squeezed."""
+    if settings.image_resize is None:
+        return
+    new_height, new_width = settings.image_resize
+    for camera, (height, width) in sorted({item for e in episodes for item in e.source_shape.items()}):
+        if abs(new_width / new_height / (width / height) - 1) > 0.01:
+            yield (
+                f"conventions.image_resize {new_height}x{new_width} changes the aspect ratio of camera {camera} "
+                f"({height}x{width}, HxW): the picture is squeezed, in training and on the robot alike"
+            )
 
 
 def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> dict[str, Any]:

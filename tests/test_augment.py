@@ -9,8 +9,8 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import InterpolationMode
 
-import augment
-from augment import Strengths
+from training import augment
+from training.augment import Strengths
 
 NONE = Strengths(0, 0, 0, 0, 0, 0, 0)
 SOME = Strengths(brightness=0.2, contrast=0.2, saturation=0.5, hue=0.05, rotate_deg=5, translate=0.05, scale=0.1)

@@ -19,6 +19,7 @@ from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoi
 from tests.azurite import free_port
 from tests.test_resume import assert_same_run, wait_for_step
 from tests.tiny import ROOT, arguments, metrics, run, run_process, torchrun
+from training.failures import collective_fault
 
 NO_VALIDATION = {"training__val_fraction": 0}
 PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
@@ -214,10 +215,11 @@ def test_a_save_under_way_is_finished_when_another_rank_fails(sample_bags: Path,
 
 SLOW_TO_FINISH = """
 import sys, time, train
-class Run(train._NoWandb):
+from training.trackers import NoTracker
+class Run(NoTracker):
     def finish(self, exit_code=None):
         time.sleep(3)
-train._init_wandb = lambda cfg, output_dir, is_main, run_id: Run() if is_main else train._NoWandb()
+train._init_wandb = lambda cfg, output_dir, is_main, run_id: Run() if is_main else NoTracker()
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -351,7 +353,7 @@ FAULTS = {  # texts of torch's NCCLUtils.cpp and ProcessGroupGloo: no NCCL runs 
 @pytest.mark.parametrize("text, words", FAULTS.items(), ids=["a peer's end", "the same on gloo", "settings", "shm"])
 def test_a_fault_at_home_is_not_blamed_on_another_rank(text: str, words: str):
     """A lost node is worth another start, a machine on which NCCL cannot work is not; the reason is not cut off."""
-    line = train.collective_fault(text)
+    line = collective_fault(text)
     assert words in line and "\n" not in line and len(line) < 300
     assert "another rank" in words or text[-30:] in line
 
@@ -364,7 +366,7 @@ def test_the_backend_belongs_to_the_device(device: str, backend: str, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
     monkeypatch.setattr(train.dist, "init_process_group", lambda name, **options: asked.append(name))
-    world = train.World()
-    world._store, world.local_rank = object(), 1
-    world.start(device)
+    world = train.detect_ddp()
+    world.store, world.local_rank = object(), 1
+    train.join_ddp(world, device)
     assert asked == ([1, backend] if device == "cuda" else [backend])

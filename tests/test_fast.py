@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch._inductor.config
 
-import augment
 import train
 from lerobot_checkpoint import load_training_state
 from tests.test_resume import assert_same_run, weights
 from tests.tiny import arguments, metrics, run
+from training import augment, device, feed, trackers
 
 BF16 = {"training__precision": "bf16"}
 AUGMENTED = {"augmentation__enabled": "true"}
@@ -26,8 +26,8 @@ def trainer(bags: Path, folder: Path, **overrides: object) -> train.Trainer:
     cfg = train.load_config(Path(argv[1]), [a.removeprefix("--override=") for a in argv[2:]])
     stop = train.StopSignal()
     stop.restore()
-    ready = train.Trainer(cfg, train.World(), stop, overwrite=True)
-    ready.loader, ready.run = ready.start(), train._NoWandb()
+    ready = train.Trainer(cfg, train.detect_ddp(), stop, overwrite=True)
+    ready.loader, ready.tracker = ready.start(), trackers.NoTracker()
     return ready
 
 
@@ -67,12 +67,12 @@ def test_validation_is_in_fp32_whatever_training_is(sample_bags: Path, tmp_path:
 def test_auto_is_bf16_where_the_hardware_computes_it(fast, dtype, monkeypatch):
     told = {"avx512_bf16": fast, "avx512_f": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)  # torch up to 2.10 has none
-    assert train.choose_precision("auto", torch.device("cpu")) == dtype
-    assert train.choose_precision("fp32", torch.device("cpu")) == torch.float32
+    assert device.choose_precision("auto", torch.device("cpu")) == dtype
+    assert device.choose_precision("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_bf16_that_would_be_emulated_is_said(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(device, "has_fast_bf16", lambda device: False)
     trainer(sample_bags, tmp_path, **BF16)
     assert "no bfloat16 instructions" in capsys.readouterr().out
 
@@ -90,10 +90,10 @@ def test_frames_on_the_device_give_the_same_training(sample_bags: Path, tmp_path
     """Staged on the CPU, where no GPU is: the loader sends indices, and every weight is the same to the last bit."""
     usual = run(sample_bags, tmp_path / "usual")
     sent = []
-    original = train.to_device
-    monkeypatch.setattr(train, "to_device", lambda batch, device: (sent.append(set(batch)), original(batch, device))[1])
+    original = feed.to_device
+    monkeypatch.setattr(feed, "to_device", lambda batch, where: (sent.append(set(batch)), original(batch, where))[1])
     monkeypatch.setattr(
-        train.Trainer, "_frames_on_device", lambda self: train.DeviceFrames(self.train_episodes, self.world.device)
+        train.Trainer, "_frames_on_device", lambda self: feed.DeviceFrames(self.train_episodes, self.world.device)
     )
     assert_same_run(run(sample_bags, tmp_path / "device"), usual)
     assert {"image_index.color"} == {n for names in sent[:3] for n in names if "image" in n}
@@ -107,8 +107,8 @@ def test_frames_stay_on_the_device_only_when_they_fit(
     ready = trainer(sample_bags, tmp_path)
     assert ready.frames is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    monkeypatch.setattr(train, "DeviceFrames", lambda *_: "frames")
-    train.DeviceFrames.size_bytes, train.DeviceFrames.SHARE = (lambda _: 10**6), 0.5
+    monkeypatch.setattr(feed, "DeviceFrames", lambda *_: "frames")
+    feed.DeviceFrames.size_bytes, feed.DeviceFrames.SHARE = (lambda _: 10**6), 0.5
     ready.world.device = torch.device("cuda", 0)
     assert ready._frames_on_device() == ("frames" if fits else None)
     assert ("kept" if fits else "too much to keep") in capsys.readouterr().out
@@ -190,9 +190,11 @@ def test_wandb_gets_the_images_that_the_network_sees(sample_bags: Path, tmp_path
     ready = trainer(sample_bags, tmp_path)
     raw = next(iter(ready.loader))
     logged = {}
-    monkeypatch.setattr(train, "import_wandb", lambda: type("wandb", (), {"Image": staticmethod(lambda image: image)}))
+    monkeypatch.setattr(
+        trackers, "import_wandb", lambda: type("wandb", (), {"Image": staticmethod(lambda image: image)})
+    )
     run_stub = type("Run", (), {"log": lambda self, values: logged.update(values)})()
-    train.log_camera_views(run_stub, ready.prepare(raw), ready.normalizer)
+    trackers.log_camera_views(run_stub, ready.prepare(raw), ready.normalizer)
     seen = torch.tensor(logged["observation.images.color"][1])
     assert seen.dtype == torch.uint8
     assert (seen.int() - raw["observation.images.color"][1].int()).abs().max() <= 1

@@ -70,8 +70,11 @@ def project_modules() -> set[str]:
 
 
 # package -> what else of the project it may import; heavy libraries that it must do without
-RULES = {
+RULES: dict[str, tuple[set[str], set[str]]] = {
     "rosbag_dataset": (set(), {"torch", "torchvision", "lerobot"}),
+    "lerobot_checkpoint": ({"act_model"}, {"lerobot", "wandb"}),
+    "training": ({"act_model", "lerobot_checkpoint", "rosbag_dataset"}, {"lerobot"}),
+    "deploy/ur10e_deploy": ({"act_model", "lerobot_checkpoint", "rosbag_dataset"}, {"wandb"}),
 }
 
 
@@ -89,8 +92,21 @@ def test_nothing_from_above(package: str):
     allowed, without = RULES[package]
     _, outside = imports_of(ROOT / package)
     forbidden = (project_modules() - {Path(package).name} - allowed) | without
-    assert {"train", "act_model", "lerobot_checkpoint", "sim"} & project_modules() <= forbidden
+    assert {"train", "sim", "tests", "benchmarks"} <= forbidden
     assert {room: names & forbidden for room, names in outside.items() if names & forbidden} == {}
+
+
+def test_only_tests_and_benchmarks_import_train():
+    """Imports run one way: whatever stands behind a run, reads its data or drives a robot must not need the trainer."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("deploy/*/*.py")]
+    for path in paths:
+        if path.relative_to(ROOT).parts[0] in ("tests", "benchmarks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "train" not in modules, path
+    assert {ROOT / "train.py", ROOT / "training/ranks.py", ROOT / "deploy/ur10e_deploy/report.py"} <= {*paths}
 
 
 def test_rosbag_dataset_loads_no_torch():

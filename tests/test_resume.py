@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import lerobot_checkpoint
-import run_summary
 import train
 from lerobot_checkpoint import load_policy, load_training_state, saving
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
+from training.metrics import read_metrics
+from training.run_dir import STOP_MARKER
 
 EVERY_STEP = {"training__log_freq": 1, "training__save_freq": 2}
 
@@ -115,7 +116,7 @@ def test_a_stop_that_comes_out_of_c_code_as_another_error_is_still_a_stop(tmp_pa
     assert train.main(arguments(tmp_path, tmp_path)) == 75
     error = capsys.readouterr().err
     assert error == "stopped by SIGTERM before the first step; start again with the same command\n"
-    assert (tmp_path / "run" / train.STOP_MARKER).exists()
+    assert (tmp_path / "run" / STOP_MARKER).exists()
 
 
 def test_a_validation_that_a_stop_left_out_is_made_up_for(sample_bags: Path, tmp_path: Path, monkeypatch):
@@ -302,8 +303,8 @@ def test_a_signal_while_the_pool_holds_its_locks(sample_bags: Path, tmp_path: Pa
 
 def test_a_signal_after_an_error_does_not_hide_it(tmp_path: Path, monkeypatch, capsys):
     """torchrun's SIGTERM reaches a rank that is about to say what is wrong: it says it, and exits with 1."""
-    original = train.report
-    monkeypatch.setattr(train, "report", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a))
+    original = train.print_error
+    monkeypatch.setattr(train, "print_error", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a))
     assert train.main(arguments(tmp_path / "nowhere", tmp_path)) == 1
     assert "error: " in capsys.readouterr().err
 
@@ -312,14 +313,15 @@ def test_a_signal_after_an_error_does_not_hide_it(tmp_path: Path, monkeypatch, c
 
 
 FULL_DISK = """
-import resource, sys, train
+import resource, sys
 from pathlib import Path
+from training.metrics import append_line
 path = Path(sys.argv[1])
 path.write_text('{"step": 1}\\n')
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))  # as a full disk does: room for a part of the line, then none
 for step in (2, 3):
     try:
-        train.append_line(path, '{"step": %d, "loss": 0.5}' % step)
+        append_line(path, '{"step": %d, "loss": 0.5}' % step)
     except OSError as error:
         print(Path(error.filename).name, error.strerror)
 """
@@ -340,7 +342,7 @@ def test_metrics_that_cannot_be_opened_stop_or_go_on_as_asked(sample_bags: Path,
     def gone(path: Path, line: str) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
-    monkeypatch.setattr(train, "append_line", gone)
+    monkeypatch.setattr("training.metrics.append_line", gone)
     run(sample_bags, tmp_path, training__on_save_error="continue")
     assert "metrics.jsonl: Stale file handle; step 2 is not in it" in capsys.readouterr().err
     assert train.main(arguments(sample_bags, tmp_path / "stop")) == 1
@@ -351,7 +353,7 @@ def test_a_torn_line_of_metrics_is_passed_over(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 2, "val_l1_loss": 3.0}\n'
     )
-    training, validation = run_summary.read_metrics(tmp_path / "metrics.jsonl")
+    training, validation = read_metrics(tmp_path / "metrics.jsonl")
     assert training == [{"step": 1, "loss": 2.0}] and validation == [{"step": 2, "val_l1_loss": 3.0}]
 
 

@@ -16,10 +16,13 @@ import torchvision
 
 import train
 from lerobot_checkpoint import load_policy
-from rosbag_dataset import load_episodes
+from rosbag_dataset import ChunkDataset, load_episodes
 from tests.bags import make_take, write_bag
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
-from train import SampleStream, TrainingConfig, _build_scheduler, lr_factor
+from train import TrainingConfig, _build_scheduler, lr_factor
+from training.feed import SampleStream
+from training.identity import VERSION
+from training.initial_weights import backbone_weights
 
 SEVEN_FILES = {
     "config.json",
@@ -81,7 +84,7 @@ def test_the_contract_says_what_a_robot_must_know(finished: Path):
     assert contract["image_resize"] == [32, 48] and "INTER_AREA" in contract["image_resize_interpolation"]
     assert contract["cameras"] == {"color": "/camera/color/image_raw"}
     assert contract["image_shapes"] == {"color": [32, 48]}
-    assert contract["code"]["version"] == train.VERSION and len(contract["code"]["source_sha256"]) == 64
+    assert contract["code"]["version"] == VERSION and len(contract["code"]["source_sha256"]) == 64
     assert contract["config"]["training"]["steps"] == 6
 
 
@@ -104,7 +107,7 @@ def test_the_summary_errors_are_those_of_the_saved_checkpoint(finished: Path, sa
     episode = next(e for e in episodes if [e.name] == summary["episodes"])
     policy = load_policy(finished)
     errors = []
-    for batch in (train.ChunkDataset([episode], 8)[i] for i in range(0, len(episode.time_ns) - 1)):
+    for batch in (ChunkDataset([episode], 8)[i] for i in range(0, len(episode.time_ns) - 1)):
         image = torch.from_numpy(batch["observation.images.color"]).permute(2, 0, 1)[None] / 255
         state = torch.from_numpy(batch["observation.state"])[None]
         observation = {"observation.state": state, "observation.images.color": image}
@@ -246,7 +249,7 @@ def test_pretrained_weights_come_from_a_file(sample_bags: Path, tmp_path: Path):
     torch.save(weights, tmp_path / "resnet18.pth")
     model = train.ACT(train.act_config(train.Config()))
     cfg = train.ModelConfig(pretrained_backbone=str(tmp_path / "resnet18.pth"))
-    model.load_backbone(train.backbone_weights(cfg))
+    model.load_backbone(backbone_weights(cfg.vision_backbone, cfg.pretrained_backbone))
     assert torch.equal(model.backbone.conv1.weight, weights["conv1.weight"])
     run(sample_bags, tmp_path, model__pretrained_backbone=tmp_path / "resnet18.pth", training__steps=1)
 
@@ -261,7 +264,7 @@ def test_weights_that_cannot_be_downloaded_say_how_to_go_on(monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", "/nonexistent")
     with pytest.raises(train.ConfigError) as error:
-        train.backbone_weights(train.ModelConfig())
+        backbone_weights(train.ModelConfig().vision_backbone, True)
     line = str(error.value)
     assert "resnet18-f37072fd.pth" in line and "model.pretrained_backbone" in line and "false" in line
 

@@ -6,16 +6,19 @@ policy predicts at each recorded frame against the action that was recorded, per
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rosbag_dataset import ChunkDataset, Episode
+from rosbag_dataset import ChunkDataset, Episode, sync_table
+
+from .metrics import METRICS, read_metrics
+
+SUMMARY_EPISODES = 5  # held-out episodes that the summary predicts on, frame by frame
 
 Predict = Callable[[dict[str, np.ndarray]], torch.Tensor]
 
@@ -45,21 +48,6 @@ def baselines(episode: Episode, frames: np.ndarray, action_mean: np.ndarray, act
     return {"no motion": still, "mean action": np.broadcast_to(action_mean, still.shape)}
 
 
-def metrics_lines(path: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds, but for a line that was cut short by a kill or a full disk."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """-> (training lines, validation lines) of metrics.jsonl."""
-    lines = metrics_lines(path)
-    return [line for line in lines if "loss" in line], [line for line in lines if "val_l1_loss" in line]
-
-
 def draw(
     path: Path,
     episode: Episode,
@@ -78,7 +66,7 @@ def draw(
         import matplotlib.pyplot as plt
     except ImportError:
         return "none, matplotlib is not installed (pip install matplotlib)"
-    training, validation = read_metrics(path.with_name("metrics.jsonl"))
+    training, validation = read_metrics(path.with_name(METRICS))
     dataset = ChunkDataset([episode], 1)
     cameras = list(episode.image_shape)
     rows = 1 + -(-len(joint_names) // 3)
@@ -119,31 +107,52 @@ def draw(
     return str(path)
 
 
+def report_sync(
+    output_dir: Path, episodes: Sequence[Episode], skipped: Sequence[dict[str, str]], held_out: Sequence[Episode]
+) -> None:
+    """Print what became of every bag, and write it to sync_report.json."""
+    reports = [episode.sync_report for episode in episodes]
+    print(sync_table(reports))
+    content = {"episodes": reports, "skipped": list(skipped), "held_out": [e.name for e in held_out]}
+    (output_dir / "sync_report.json").write_text(json.dumps(content, indent=2))
+
+
 def finish(
     output_dir: Path,
-    episodes: Sequence[Episode],
+    train: Sequence[Episode],
+    held_out: Sequence[Episode],
     *,
-    held_out: bool,
-    chunk_size: int,
     predict: Predict,
+    chunk_size: int,
     action_mean: np.ndarray,
-    action_mode: str,
-    joint_names: Sequence[str],
-    fps: float,
-    facts: dict[str, str],
+    contract: Mapping[str, Any],
+    trained: str,
+    skipped_bags: int,
 ) -> dict[str, Any]:
     """Measure the policy on a few episodes, write summary.json and summary.png, and print the one-screen summary.
 
     Args:
         output_dir: the run's directory, with metrics.jsonl and `last` in it.
-        episodes: the episodes to predict on (the picture shows the first); `held_out`: training did not see them.
+        train: the episodes that were trained on.
+        held_out: those that training did not see: the policy is measured on these, if there are any.
         predict: raw batch (as ChunkDataset gives) -> (B, chunk, J) actions in rad.
         action_mean: (J,) mean action of the training data, rad.
-        facts: lines of the summary that the caller knows.
+        contract: what train_config.json holds.
+        trained: what was trained, in one line.
+        skipped_bags: how many bags were left out.
 
     Returns:
         What summary.json holds.
     """
+    joint_names, action_mode = contract["joint_names"], contract["action_mode"]
+    frames = [episode.sync_report for episode in (*train, *held_out)]
+    facts = {
+        "trained": trained,
+        "data": f"{len(train)} episodes ({len(held_out)} more held out, {skipped_bags} bags skipped), "
+        f"{sum(r['frames'] for r in frames)} frames kept, {sum(r['dropped'] for r in frames)} dropped",
+    }
+    unseen, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in (held_out, train))  # with an action
+    episodes, any_unseen = (unseen or seen)[:SUMMARY_EPISODES], bool(unseen)
     errors: dict[str, list[np.ndarray]] = {}
     shown = None
     for episode in episodes:
@@ -153,18 +162,18 @@ def finish(
         for name, action in policies.items():
             errors.setdefault(name, []).append(np.abs(action - recorded))
     mae = {name: np.concatenate(parts) for name, parts in errors.items()}
-    training, validation = read_metrics(output_dir / "metrics.jsonl")
-    kind = "held-out" if held_out else "training (none was held out)"
+    training, validation = read_metrics(output_dir / METRICS)
+    kind = "held-out" if any_unseen else "training (none was held out)"
     which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
     unit = "rad per frame" if action_mode == "delta" else "rad"
     picture = draw(
-        output_dir / "summary.png", *shown, joint_names, fps,
+        output_dir / "summary.png", *shown, joint_names, contract["fps"],
         f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}",
     )  # fmt: skip
     summary = {
         **facts,
         "episodes": [episode.name for episode in episodes],
-        "held_out": held_out,
+        "held_out": any_unseen,
         "mae_rad": {name: float(error.mean()) for name, error in mae.items()},
         "mae_rad_per_joint": {
             name: dict(zip(joint_names, error.mean(axis=0).tolist(), strict=True)) for name, error in mae.items()

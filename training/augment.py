@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,16 @@ def draw(strengths: Strengths, batch_size: int, generator: torch.Generator) -> d
             offset = (torch.rand(batch_size, generator=generator) * 2 - 1) * limit
             amounts[name] = (1 + offset).clamp(min=0) if name in FACTORS else offset
     return amounts
+
+
+def draw_for(section: Any, cameras: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Amounts for each camera of a batch, as the config's section `augmentation` says; [] when it is not enabled."""
+    if not section.enabled:
+        return []
+    s = section
+    strengths = Strengths(s.brightness, s.contrast, s.saturation, s.hue, s.rotate_deg, s.translate, s.scale)
+    generator = torch.Generator().manual_seed(seed)
+    return [draw(strengths, batch_size, generator) for _ in range(cameras)]
 
 
 def apply(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:

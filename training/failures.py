@@ -1,0 +1,59 @@
+"""Every error as one line, and the one rank that prints it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import torch
+
+from lerobot_checkpoint import CheckpointError
+from rosbag_dataset import BagError
+
+from .errors import ConfigError, TrainingError
+from .ranks import World
+
+
+def explain(error: Exception, world: World | None) -> str | None:
+    """What to print for an error, in one line; None for one that nobody foresaw, which deserves its traceback.
+
+    When a collective failed because another rank is gone, this waits two seconds first: that rank may still be able
+    to say why, and then prints the run's line.
+    """
+    if isinstance(error, (ConfigError, BagError, CheckpointError, TrainingError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU is out of memory; lower training.batch_size or conventions.image_resize ({str(error):.100})"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing the run'}: {error.strerror or error}; continue with --resume"
+    if not isinstance(error, RuntimeError):
+        return None
+    reason = " ".join(str(error).split())[:150]
+    if "DataLoader worker" in reason:  # torch reports a killed worker from wherever the main thread happens to be
+        return (
+            f"a data loader process was killed, most likely for want of memory ({reason}); lower "
+            "training.num_workers and continue with --resume"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"training.compile: true: torch.compile failed ({reason}); set training.compile to false"
+    if world is not None and world.size > 1 and re.search("gloo|nccl|connection|peer", reason, re.I):
+        time.sleep(2)
+        return f"rank {world.rank}: {collective_fault(str(error))}"
+    return None
+
+
+def collective_fault(text: str) -> str:
+    """What to say of a collective that failed with `text` (torch's NCCLUtils.cpp and gloo's exceptions): mostly the
+    other end is gone, but some of NCCL's faults are at home, and the same start would fail again."""
+    words = " ".join(text.split())
+    if re.search("ncclInvalid|ncclInternal|ncclUnhandledCuda|shared memory segment|No space left", text):
+        return f"NCCL fails on this machine (... {words[-200:]}); NCCL_DEBUG=WARN says more"
+    return f"another rank is gone (killed, or its node was lost); continue with --resume ({words[:150]})"
+
+
+def print_error(line: str, world: World | None) -> None:
+    """Print the run's one error line, if no other rank was first."""
+    if world is None or world.first_to_fail():
+        above = "\n" if world is not None and world.size > 1 else ""  # rank 0's progress bar may stand in this line
+        print(f"{above}error: {line}", file=sys.stderr, flush=True)

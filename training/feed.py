@@ -1,0 +1,163 @@
+"""From episodes to what the network takes: the order of samples, the loader, frames on the device, normalising.
+
+This room knows samples and tensors; it knows no setting, no schedule and no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from lerobot_checkpoint import Normalizer
+from rosbag_dataset import ChunkDataset, Episode, open_pixels
+
+from . import augment
+
+
+class SampleStream(Sampler[list[int]]):
+    """Endless batches of sample indices for one rank; epoch e is a permutation seeded with seed + e.
+
+    The epochs' permutations follow each other without a seam, and every step takes the next `batch_size x
+    world_size` samples; rank r takes every world_size-th of them from the r-th on, as DistributedSampler does. So
+    there is no last, uneven batch; N ranks with batch b see in each step what one rank sees with batch N*b; and the
+    place in the data is one number, whatever the batch and the number of ranks are after a restart.
+    """
+
+    def __init__(self, n_samples: int, batch_size: int, rank: int, world_size: int, seed: int, start: int = 0) -> None:
+        self.n_samples, self.batch_size, self.rank, self.world_size = n_samples, batch_size, rank, world_size
+        self.seed, self.start = seed, start
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for `epoch`; called by the stream itself when it crosses into the next one."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.n_samples, generator=generator)
+
+    def at(self, position: int) -> int:
+        """The sample at a place in the endless stream."""
+        self.set_epoch(position // self.n_samples)
+        return int(self._order[position % self.n_samples])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, size = self.start + self.rank, self.batch_size * self.world_size
+        while True:
+            yield [self.at(position) for position in range(first, first + size, self.world_size)]
+            first += size
+
+
+def step_seed(seed: int, step: int, rank: int, use: str = "") -> int:
+    """A generator seed of 63 bits for one step of one rank and one use, unrelated to its neighbours'."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {use}".encode()).digest()[:8], "big") >> 1
+
+
+# -- the loader ---------------------------------------------------------------------------------------------------
+
+
+def make_loader(dataset: ChunkDataset, stream: SampleStream, num_workers: int, device: torch.device) -> DataLoader:
+    """Raw batches in the stream's order, as `num_workers` processes load them (0: this one does)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        collate_fn=to_tensors,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # making the iterator draws a seed; not from the global generator
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """Loader workers leave Ctrl-C and preemption to the trainer, which needs them for one more step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def to_tensors(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The collate function: ChunkDataset already returns whole batches, as NumPy arrays."""
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def name_samples(dataset: ChunkDataset, stream: SampleStream, first: int, count: int) -> str:
+    """Episode and frame of `count` samples from a place in the stream on, for a message; the first 16 of them."""
+    places = [dataset.locate(stream.at(first + i)) for i in range(count)]
+    named = ", ".join(f"{episode} frame {frame}" for episode, frame in places[:16])
+    return f"{named}{', ...' if len(places) > 16 else ''}"
+
+
+# -- frames on the device -----------------------------------------------------------------------------------------
+
+
+class DeviceFrames:
+    """All decoded frames of some episodes on the device, so that the loader sends indices instead of pixels.
+
+    Episodes follow each other in the order of ChunkDataset(images=False), whose `image_index.<camera>` counts them.
+    """
+
+    SHARE = 0.5  # of the GPU's free memory; the rest is for weights, activations and other processes
+
+    @classmethod
+    def size_bytes(cls, episodes: Sequence[Episode]) -> int:
+        """What the frames of these episodes take."""
+        return sum(open_pixels(e, camera).nbytes for e in episodes for camera in e.image_shape)
+
+    def __init__(self, episodes: Sequence[Episode], device: torch.device) -> None:
+        self.frames = {}  # camera -> (N, H, W, 3) uint8
+        for camera, shape in episodes[0].image_shape.items():
+            stored = sum(e.stored_images[camera] for e in episodes)
+            self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
+            first = 0
+            for episode in episodes:
+                pixels = open_pixels(episode, camera)
+                self.frames[camera][first : first + len(pixels)] = torch.from_numpy(pixels.copy())
+                first += len(pixels)
+
+    def look_up(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Replace each image_index.<camera> (B,) by observation.images.<camera> (B, H, W, 3) uint8."""
+        batch = dict(batch)
+        for camera, frames in self.frames.items():
+            batch[f"observation.images.{camera}"] = frames[batch.pop(f"image_index.{camera}")]
+        return batch
+
+
+def frames_on_device(
+    episodes: Sequence[Episode], device: torch.device, say: Callable[[str], object]
+) -> DeviceFrames | None:
+    """The episodes' frames on a GPU, if they take at most half of its free memory; says which it is."""
+    if device.type != "cuda":
+        return None
+    size, free = DeviceFrames.size_bytes(episodes), torch.cuda.mem_get_info(device)[0]
+    fits = size <= DeviceFrames.SHARE * free
+    say(
+        f"frames: {size / 1e9:.2f} GB, {'kept' if fits else 'too much to keep'} on {device} ({free / 1e9:.1f} GB "
+        f"free, of which frames may take {DeviceFrames.SHARE:.0%}; data.frames_on_device)"
+    )
+    return DeviceFrames(episodes, device) if fits else None
+
+
+# -- to the model -------------------------------------------------------------------------------------------------
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Frames travel as uint8, a quarter of float's bytes, and without waiting when they come from pinned memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def to_model(
+    batch: dict[str, torch.Tensor], normalizer: Normalizer, amounts: Sequence[dict[str, torch.Tensor]] = ()
+) -> dict[str, torch.Tensor]:
+    """Make a batch on the device what the network takes: (B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised.
+
+    `amounts` augments the images: one entry of augment.draw per camera.
+    """
+    batch = dict(batch)
+    cameras = [name for name in batch if name.startswith("observation.images.")]
+    for i, name in enumerate(cameras):
+        image = batch[name].permute(0, 3, 1, 2).float() / 255
+        batch[name] = augment.apply(image, amounts[i]) if amounts else image
+    return normalizer.normalize(batch)

@@ -1,0 +1,173 @@
+"""What makes a run the run that it is: what it is compared by when it resumes, and what a robot has to know of it.
+
+`settings` is always the whole configuration as nested dicts, {section: {key: value}}, as train_config.json holds it.
+This room knows which settings shape the samples and the learning; it knows no default, no file and no loop.
+Names in the dicts below are stored in checkpoints: they stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from act_model import ACTConfig
+from lerobot_checkpoint import CheckpointError
+from rosbag_dataset import RESIZE_INTERPOLATION, Episode
+
+from .errors import TrainingError
+from .ranks import World
+
+VERSION = "0.1.0"
+SOURCE = ("train.py", "act_model.py", "training", "rosbag_dataset", "lerobot_checkpoint")  # what trains
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
+    """The trainer's version and a hash of its files and their names: an injected copy has no git history to ask."""
+    digest = hashlib.sha256()
+    for name in SOURCE:
+        path = root / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return {"version": VERSION, "source_sha256": digest.hexdigest()}
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(
+    settings: Settings,
+    act: ACTConfig,
+    cameras: Mapping[str, str],
+    train: Sequence[Episode],
+    held_out: Sequence[Episode],
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run: the network, and the samples in their order."""
+    keys = ("fps", "max_offset_ms", "joint_resample", "time_source", "image_stats", "joint_names", "joint_topic")
+    return {
+        **{f"model.{name}": value for name, value in dataclasses.asdict(act).items()},
+        **{f"data.{name}": settings["data"][name] for name in keys},
+        **{f"conventions.{name}": value for name, value in settings["conventions"].items()},
+        "cameras": dict(cameras),
+        "training.seed": settings["training"]["seed"],
+        "training episodes": {e.name: e.content_hash for e in train},
+        "held-out episodes": {e.name: e.content_hash for e in held_out},
+    }
+
+
+def learning_settings(settings: Settings) -> dict[str, Any]:
+    """What a resumed run may change, and says: how it learns from here on."""
+    training = settings["training"]
+    keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler"]
+    if training["scheduler"] == "cosine":
+        keys += ["warmup_steps", "min_lr", "steps"]
+    augmentation = settings["augmentation"] if settings["augmentation"]["enabled"] else {"enabled": False}
+    return {f"training.{name}": training[name] for name in keys} | {"augmentation": augmentation}
+
+
+def rounding_conditions(settings: Settings, device: torch.device, ranks: int, precision: torch.dtype) -> dict[str, Any]:
+    """What decides how results are rounded, and so whether a resumed run equals an unbroken one to the last bit."""
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": settings["training"]["compile"] == "true",
+        "memory format": "channels last",
+        "ranks": ranks,
+        "training.batch_size": settings["training"]["batch_size"],
+    }
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One text per key whose value is not the same in both."""
+    was, now = json.loads(json.dumps(was)), json.loads(json.dumps(now))  # tuples are lists after a file
+    texts = []
+    for name in now:
+        old, new = was.get(name), now[name]
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+            texts.append(f"{name} ({', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''})")
+        else:
+            texts.append(f"{name} (was {old}, is {new})")
+    return texts
+
+
+def check_unchanged(was: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """A run may only resume from a checkpoint with its own fingerprint. Raises CheckpointError, naming what differs."""
+    if changed := differences(was, now):
+        raise CheckpointError(
+            f"{checkpoint}: cannot resume, the run has changed: {'; '.join(changed)}; set it back, or start a "
+            "new run in another training.output_dir"
+        )
+
+
+def check_same_on_all_ranks(mine: dict[str, Any], world: World) -> None:
+    """Nodes read bags of their own, which have to be the same. Raises TrainingError, naming what differs."""
+    for rank, theirs in enumerate(world.gather(mine)):
+        if different := "; ".join(differences(theirs, mine)):
+            raise TrainingError(
+                f"ranks {rank} and {world.rank} have different data: {different}; give every node the same bags"
+            )
+
+
+# -- the robot ----------------------------------------------------------------------------------------------------
+
+
+def robot_contract(
+    settings: Settings,
+    cameras: Mapping[str, str],
+    revolute: Sequence[bool],
+    train: Sequence[Episode],
+    held_out: Sequence[Episode],
+) -> dict[str, Any]:
+    """train_config.json: what a robot must know to feed this policy and to act on its output, and all settings.
+
+    `revolute` says of each joint whether it is an angle.
+    """
+    data, conventions = settings["data"], settings["conventions"]
+    no_signs = [1.0] * settings["model"]["state_dim"]
+    return {
+        "action_mode": conventions["action_mode"],
+        "joint_names": data["joint_names"],
+        "revolute": list(revolute),
+        "joint_sign": conventions["joint_sign"] if conventions["apply_joint_sign"] else no_signs,
+        "wrap_angles": conventions["wrap_angles"],
+        "fps": data["fps"],
+        "image_resize": conventions["image_resize"],
+        "image_resize_interpolation": RESIZE_INTERPOLATION,
+        "cameras": dict(cameras),
+        "image_shapes": {camera: list(shape) for camera, shape in train[0].image_shape.items()},
+        "joint_topic": data["joint_topic"],
+        "joint_resample": data["joint_resample"],
+        "time_source": data["time_source"],
+        "pretrained_backbone": settings["model"]["pretrained_backbone"],
+        "training_episodes": [e.name for e in train],
+        "held_out_episodes": [e.name for e in held_out],
+        "code": source_version(),
+        "config": settings,
+    }
+
+
+def policy_fields(settings: Settings) -> dict[str, Any]:
+    """What LeRobot's config.json names of a policy besides the network's shape (lerobot_checkpoint.POLICY_FIELDS)."""
+    model, training = settings["model"], settings["training"]
+    return {
+        "n_action_steps": model["n_action_steps"],
+        "temporal_ensemble_coeff": model["temporal_ensemble_coeff"],
+        "kl_weight": training["kl_weight"],
+        "optimizer_lr": training["lr"],
+        "optimizer_weight_decay": training["weight_decay"],
+        "optimizer_lr_backbone": training["lr_backbone"],
+    }
