@@ -99,6 +99,7 @@ class TaskBox:
             (folder / name).mkdir(parents=True, exist_ok=True)
         for file in task["files"]:
             path = folder / file["path"].lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)  # as the container runtime makes mount points
             path.write_text(file["contents"], encoding="utf-8")
             path.chmod(0o644)  # OSMO sets no exec bit
         for number, source in enumerate(task.get("inputs", [])):
@@ -112,7 +113,7 @@ class TaskBox:
             "HOME": os.environ.get("HOME", "/root"),
             "OMP_NUM_THREADS": "1",
             "SHM_MIB": str(shm_mib or ""),
-            "SITE_PACKAGES": sysconfig.get_paths()["purelib"],
+            "SITE_PACKAGES": str(Path(sysconfig.get_paths()["purelib"]).resolve()),  # .venv may be a link
             **task.get("environment", {}),
             **environment,
         }
