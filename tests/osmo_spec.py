@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import yaml
 VERSIONS = ("6.2.8", "6.3.1", "6.4")
 DATA = "/osmo/data"  # {{input:N}} is DATA/input/N, {{output}} is DATA/output
 MAX_TASKS = 20
-MAX_FILE_BYTES = 2**20  # an injected file becomes a Kubernetes secret
+MAX_FILE_BYTES = 2**20  # each injected file becomes a Kubernetes secret of its own
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a hundred times faster, where PyYAML was built with it
 DUMPER = getattr(yaml, "CDumper", yaml.Dumper)
 TOKEN = re.compile(r"{{(uuid|workflow_id|output|input:[^}]+|host:[^}]+)}}")
@@ -48,8 +49,16 @@ def submit(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> dict
     Raises:
         SpecError: what the CLI or the service would refuse, and an injected file that rendering would change.
     """
-    text = path.read_text(encoding="utf-8")
-    workflow, defaults = sections(text)
+    text, values = filled_in(path, *assignments, strings=strings)
+    final = load(render(text, values))
+    if final != load(text):
+        raise SpecError(f"{path.name}: the second rendering changes the spec")
+    return final
+
+
+def filled_in(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """What OSMO renders last: the spec with the local files in it, contents, tokens and all; and the values for it."""
+    workflow, defaults = sections(path.read_text(encoding="utf-8"))
     values = {**defaults, **dict(cast(a) for a in assignments), **dict(a.split("=", 1) for a in strings)}
     spec = load(render(workflow, values))
     for task in tasks(spec):
@@ -58,12 +67,7 @@ def submit(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> dict
             if not local.is_file():
                 raise SpecError(f"{path.name}: {local}: no such file")
             file["contents"] = local.read_text(encoding="utf-8")
-    # The CLI sends the filled-in spec back, and the service renders that too: contents, tokens and all.
-    again, _ = sections(yaml.dump(spec, Dumper=DUMPER))
-    final = load(render(again, values))
-    if final != spec:
-        raise SpecError(f"{path.name}: the second rendering changes the spec")
-    return final
+    return sections(yaml.dump(spec, Dumper=DUMPER))[0], values
 
 
 def load(text: str) -> Any:
@@ -293,6 +297,11 @@ def check(spec: dict[str, Any], version: str) -> None:
             where = f"task {task['name']}"
             paths = [file["path"] for file in task.get("files", [])]
             require(len(set(paths)) == len(paths), where, paths, "a path of its own per file")
+            # The secret, and the pod's volume, are named after contents and base name: Kubernetes refuses a pod with
+            # two volumes of one name, and OSMO does not look before.
+            twins = Counter((Path(file["path"]).name, file["contents"]) for file in task.get("files", []))
+            same = [name for (name, _), count in twins.items() if count > 1]
+            require(not same, where, same, "files of the same name to differ (two empty __init__.py do not)")
             for file in task.get("files", []):
                 size = len(file["contents"].encode())
                 require(size < MAX_FILE_BYTES, f"{where}, file {file['path']}", size, f"under {MAX_FILE_BYTES} bytes")

@@ -5,9 +5,10 @@
     ../osmo-venv/bin/python -m tests.real_osmo ../OSMO
 
 Each workflow is loaded as `osmo workflow submit` loads it, rendered by the service's sandbox within its default limits
-of time and memory, checked by the service's spec classes, and its tokens replaced as for its pods; the outcome has to
-be that of our own model (osmo_spec.py), and each command has to parse. Nothing is submitted; a stand-in exists for the
-database that the limits would come from. Exit code 1 when anything is refused (6.4 has no datasets: not counted).
+of time and memory, checked by the service's spec classes, its tokens replaced and its files made volumes as for its
+pods; the outcome has to be that of our own model (osmo_spec.py), and each command has to parse. Nothing is submitted; a
+stand-in exists for the database that the limits would come from. Exit code 1 when anything is refused (6.4 has no
+datasets: not counted). 6.3.1 and later need Python 3.12.
 
 Not part of `make test`: it needs OSMO's source, and packages that do not go together with ours.
 """
@@ -41,6 +42,7 @@ VARIANTS = {
 def accepted(path: Path, assignments: list[str]) -> str:
     """Have OSMO take the workflow as it would at submission; -> "" or its reason to refuse it."""
     from src.cli import workflow as cli
+    from src.utils.job import kb_objects
     from src.utils.job import task as jobs
     from src.utils.job import workflow as service
 
@@ -78,6 +80,10 @@ def accepted(path: Path, assignments: list[str]) -> str:
                     return f"our own model gives {task.name} another command"
                 if [f.contents for f in parsed.files] != [f.contents for f in task.files]:
                     return f"a token in a file of {task.name} is replaced"
+                factory = kb_objects.K8sObjectFactory.__new__(kb_objects.K8sObjectFactory)  # of no cluster
+                mounts = parsed.get_filemounts("0" * 32, factory)
+                if any(len({get(m) for m in mounts}) < len(mounts) for get in (lambda m: m.name, lambda m: m.path)):
+                    return f"two files of {task.name} are one volume, or in one place: Kubernetes refuses the pod"
     except Exception as error:  # noqa: BLE001 - whatever it is, OSMO does not take it
         return " ".join(str(error).split())[:200] or type(error).__name__
     return ""
