@@ -6,7 +6,6 @@ the commands.
 
 from __future__ import annotations
 
-import ast
 import copy
 import re
 import shutil
@@ -18,6 +17,7 @@ import yaml
 from ur10e_deploy import offline_eval
 
 import train
+from tests.osmo_modules import COMMAND, imported_modules, modules
 from tests.osmo_spec import (
     GUIDE,
     GUIDES,
@@ -115,7 +115,10 @@ SEED_FORMS = {  # forms that the first documents had, or that OSMO lets pass and
     "a secret's name as the variable": lambda t: t.update(credentials={"AZURE_STORAGE_SAS": {"secret": "my-sas"}}) or
     t["credentials"]["AZURE_STORAGE_SAS"].update({"not a variable": "x"}),
     "a file that is not there any more": lambda t: t["files"].append({"localpath": "x.py", "path": "/workspace/x.py"}),
-    "two files in one place": lambda t: t["files"].append(t["files"][0]),
+    "two files in one place": lambda t: t["files"].append({**t["files"][0], "contents": "x"}),
+    "the same file in two packages": lambda t: t["files"].extend(
+        {"path": f"/workspace/{package}/__init__.py", "contents": ""} for package in "ab"
+    ),
     "a file for OSMO's own folder": lambda t: t["files"].append({"path": "/osmo/x", "contents": ""}),
     "a file too large for a secret": lambda t: t["files"].append({"path": "/x", "contents": "x" * 2**20}),
     "a boolean among the arguments": lambda t: t["args"].append(True),
@@ -172,50 +175,15 @@ def test_rendering_is_strict(text: str):
 # -- injected files -----------------------------------------------------------------------------------------------
 
 
-def imported_modules(*start: Path) -> set[Path]:
-    """The files of this repository that `start` import, directly or not; of a package its __init__.py, too."""
-    found: set[Path] = set()
-    waiting = list(start)
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.is_file():
-            continue
-        found.add(path)
-        waiting.append(path.with_name("__init__.py"))  # there if `path` is in a package
-        for node in ast.walk(ast.parse(path.read_text())):
-            base = ROOT
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                base = path.parents[node.level - 1] if node.level else ROOT
-                names = [".".join(filter(None, [node.module, alias.name])) for alias in node.names]
-            else:
-                continue
-            for name in names:  # of a.b.c all three, each a module or a package; those that are neither are no files
-                parts = name.split(".")
-                for count in range(1, len(parts) + 1):
-                    module = base.joinpath(*parts[:count])
-                    waiting += [module.with_suffix(".py"), module / "__init__.py"]
-    return found
-
-
-def test_packages_are_followed():
-    """The table of what is injected and copied is made of this: a package is its __init__.py and what that imports."""
-    names = {str(path.relative_to(ROOT)) for path in imported_modules(ROOT / "run_summary.py")}
-    rooms = {f"rosbag_dataset/{path.name}" for path in (ROOT / "rosbag_dataset").glob("*.py")}
-    assert names >= rooms - {"rosbag_dataset/__main__.py"} and "rosbag_dataset/__main__.py" not in names
-
-
 @each_workflow
 def test_the_injected_files_are_complete(path: Path):
     """The trainer with every module of ours that it imports, the script, the config; each where the command is."""
     unread = load(render(*sections(path.read_text())))
-    wanted = {str(module.relative_to(ROOT)) for module in imported_modules(ROOT / "train.py")}
+    wanted = set(modules())
     for task in training_tasks(unread):
-        assert all(f["path"].startswith("/workspace/") for f in task["files"])
-        local = {str(Path(f["path"]).relative_to("/workspace")): OSMO / f["localpath"] for f in task["files"]}
-        assert {name for name in local if name.endswith(".py")} == wanted
-        assert all((ROOT / name).samefile(local[name]) for name in wanted)
+        local = {f["path"].removeprefix("/workspace/"): OSMO / f["localpath"] for f in task["files"]}
+        assert {name for name in local if name.endswith(".py")} == wanted, f"to put this right: {COMMAND}"
+        assert all((ROOT / name).samefile(local[name]) for name in wanted), "the same place here and there"
         scripts = {word.removeprefix("/workspace/") for word in task["command"] if word.startswith("/workspace/")}
         assert set(local) == wanted | scripts | {"config.yaml"}
         assert local["config.yaml"] == config_of(path)
@@ -228,7 +196,7 @@ def injected_files() -> list[Path]:
     return sorted({(OSMO / path).resolve() for path in local})
 
 
-@pytest.mark.parametrize("path", injected_files(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", injected_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_injected_files_hold_nothing_that_a_template_engine_would_take(path: Path):
     """OSMO renders them, too, and replaces its tokens: a doubled brace stops the submission, or changes the code."""
     text = path.read_text()
@@ -238,17 +206,16 @@ def test_injected_files_hold_nothing_that_a_template_engine_would_take(path: Pat
 
 def test_an_injected_brace_would_be_noticed(tmp_path: Path):
     """The guard above and the second rendering agree: what one forbids, the other trips over."""
-    for module in imported_modules(ROOT / "train.py"):
-        copy_of = tmp_path / module.relative_to(ROOT)
-        copy_of.parent.mkdir(exist_ok=True)
-        copy_of.write_text(module.read_text())
+    for name in modules():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "osmo").mkdir()
     for path in OSMO.iterdir():
         if path.is_file():
             (tmp_path / "osmo" / path.name).write_bytes(path.read_bytes())
     submit(tmp_path / "osmo/osmo-workflow.yaml")
     for damage in ('f"{{x}}"', "{% raw %}", "${#array[@]}", "{{output}}{#x#}"):
-        (tmp_path / "augment.py").write_text(f"# {damage}\n")
+        (tmp_path / "act_model.py").write_text(f"# {damage}\n")
         with pytest.raises(SpecError):
             submit(tmp_path / "osmo/osmo-workflow.yaml")
 
@@ -512,7 +479,7 @@ def test_no_secret_is_written_or_echoed(path: Path):
 def test_the_evaluation_image_holds_all_that_the_evaluator_imports():
     """COPY brings every module of ours that it imports, and .dockerignore lets them through."""
     package = ROOT / "deploy" / "ur10e_deploy"
-    wanted = imported_modules(*package.glob("*.py"))
+    wanted = imported_modules(*package.glob("*.py"), OSMO / "eval-entrypoint.sh")
     copied = [line.split()[1:-1] for line in (OSMO / "Dockerfile.eval").read_text().splitlines() if line[:4] == "COPY"]
     sources = {ROOT / name for words in copied for name in words}
     missing = {module for module in wanted if not {module, *module.parents} & sources}
