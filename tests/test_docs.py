@@ -115,7 +115,8 @@ def names_in(path: Path) -> set[str]:
 def map_entries() -> list[tuple[str, str]]:
     """(file, name defined in it or "") of every `file` and `file`: `name`, `name` on the architecture page."""
     entries = []
-    for file, names in re.findall(r"`([\w/.-]+\.(?:py|sh|yaml|md))`(?::((?:,? (?:and )?`[\w.]+`)+))?", prose(ARCHITECTURE)):
+    pattern = r"`([\w/.-]+\.(?:py|sh|yaml|md))`(?::((?:,? (?:and )?`[\w.]+`)+))?"
+    for file, names in re.findall(pattern, prose(ARCHITECTURE)):
         defined = re.findall(r"`([\w.]+)`", names)
         entries += [(file, name) for name in defined] or [(file, "")]
     return entries

@@ -157,7 +157,9 @@ def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Pat
     """SIGTERM while Python still imports (here: a module that takes long), so that train.py cannot heed it yet: 75 all
     the same."""
     box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: nothing})
-    (box.folder / "workspace/augment.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (box.folder / "workspace/training/augment.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
     process = box.start()
     box.wait_for("importing")
     process.send_signal(signal.SIGTERM)

@@ -30,11 +30,15 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 
 def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
-    """The trainer's version and a hash of its files and their names: an injected copy has no git history to ask."""
+    """The trainer's version and a hash of its files and their names: an injected copy has no git history to ask.
+
+    The same at home and on a cluster, which gets no __main__.py: nothing trains through it.
+    """
     digest = hashlib.sha256()
     for name in SOURCE:
         path = root / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+        for file in [file for file in files if file.name != "__main__.py"]:
             digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return {"version": VERSION, "source_sha256": digest.hexdigest()}
