@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from rosbag_dataset import (
 from training import augment, device, feed, identity, metrics, summary, trackers, validation
 from training.checks import check_settings
 from training.errors import ConfigError, Stopped, TrainingError
-from training.failures import explain, print_error
+from training.failures import claim_failure, explain, print_error
 from training.initial_weights import backbone_weights, load_backbone
 from training.ranks import World, world_of_torchrun
 from training.run_dir import mark_stopped, open_output
@@ -464,23 +464,24 @@ class Trainer:
         self.late = device.LateRead(world.device)
         self.pace = metrics.Pace()
         self.stop.interrupts = False
-        exit_code = 1
+        batches, exit_code = iter(loader), 1
         try:
             if self.validation_due is not None and self._validate() and world.is_main:
                 lerobot_checkpoint.point_link(self.output_dir, "best", self.validation_due)
-            self._loop(loader)
+            self._loop(batches)
             exit_code = 0
         finally:
+            feed.end_loader(batches)
             self.bar.close()
             self.tracker.finish(exit_code=exit_code)
+        world.barrier()
+        world.close()  # the others need not wait for the summary
         if world.is_main:
             self._summarise()
-        world.barrier()
 
-    def _loop(self, loader: DataLoader) -> None:
+    def _loop(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         training = self.cfg.training
         self.pace.restart(self.step)
-        batches = iter(loader)
         while self.step < training.steps:
             with self.pace.waiting():
                 raw = next(batches)
@@ -682,7 +683,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     except Exception as error:
         line = explain(error, world)
-        if line is None:
+        if line is None:  # nobody foresaw it: its traceback is due, and the other ranks need not wait for this one
+            claim_failure(world)
             raise
         print_error(line, world)
         return 1

@@ -52,8 +52,13 @@ def collective_fault(text: str) -> str:
     return f"another rank is gone (killed, or its node was lost); continue with --resume ({words[:150]})"
 
 
+def claim_failure(world: World | None) -> bool:
+    """Tell the other ranks that this one has failed, so that they end; -> whether no other rank was first."""
+    return world is None or world.first_to_fail()
+
+
 def print_error(line: str, world: World | None) -> None:
     """Print the run's one error line, if no other rank was first."""
-    if world is None or world.first_to_fail():
+    if claim_failure(world):
         above = "\n" if world is not None and world.size > 1 else ""  # rank 0's progress bar may stand in this line
         print(f"{above}error: {line}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lerobot_checkpoint import Normalizer
 from rosbag_dataset import ChunkDataset, Episode, open_pixels
@@ -70,6 +71,18 @@ def make_loader(dataset: ChunkDataset, stream: SampleStream, num_workers: int, d
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # making the iterator draws a seed; not from the global generator
     )
+
+
+def end_loader(batches: Iterator[Any]) -> None:
+    """End the processes behind a loader's iterator, whatever they are doing.
+
+    Left alone they would keep a failed run from ending: they ignore SIGTERM, which is the trainer's to answer, and at
+    its exit Python sends them just that and waits. A traceback that names the iterator keeps it from being collected.
+    """
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()  # torch has no public way
+        for process in batches._workers:  # those that were busy for longer than torch waits
+            process.kill()
 
 
 def ignore_signals(worker: int) -> None:
