@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests import soak_common as soak
 from tests.bags import write_bag
-from tests.test_bag_reading import BAD_BAGS, TAKE
+from tests.checks import TAKE
+from tests.test_episodes import BAD_BAGS
 
 BAD_SETTINGS = {
     "no such folder": ({"data__bag_dir": "/nowhere"}, ["/nowhere"]),

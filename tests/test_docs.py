@@ -91,6 +91,8 @@ def test_commands_name_programs_that_exist(page: Path):
             assert arguments[0] in targets, f"make {arguments[0]}"
         elif arguments[0] == "-m":
             assert importlib.util.find_spec(arguments[1]), f"python -m {arguments[1]}"
+            missing = [word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()]
+            assert not missing, missing
         elif script := next((word for word in arguments if word.endswith(".py")), None):
             assert (ROOT / script).is_file(), f"{script} does not exist"
 

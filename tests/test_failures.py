@@ -1,4 +1,4 @@
-"""However a run fails, it ends: no process stays behind, no other rank waits, and the output directory is free again."""
+"""However a run fails, it ends: no process is left, no other rank waits, and the output directory is free again."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,20 @@ def test_only_tests_and_benchmarks_import_train():
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert "train" not in modules, path
     assert {ROOT / "train.py", ROOT / "training/ranks.py", ROOT / "deploy/ur10e_deploy/report.py"} <= {*paths}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")], ids=lambda p: p.stem)
+def test_what_is_run_by_hand_imports_what_exists(path: Path):
+    """Soaks and benchmarks run seldom: a name that moved would be missed in the middle of the night."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in project_modules():
+            module = importlib.import_module(node.module)
+            missing = [
+                alias.name
+                for alias in node.names
+                if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}")
+            ]
+            assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
 def test_rosbag_dataset_loads_no_torch():
