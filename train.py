@@ -49,13 +49,12 @@ from rosbag_dataset import (
     settings_from,
     split_episodes,
 )
-from training import augment, device, feed, identity, metrics, summary, trackers, validation
+from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
 from training.checks import check_settings
 from training.errors import ConfigError, Stopped, TrainingError
 from training.failures import claim_failure, explain, print_error
 from training.initial_weights import backbone_weights, load_backbone
 from training.ranks import World, world_of_torchrun
-from training.run_dir import mark_stopped, open_output
 from training.settings import read_settings, setting
 from training.stopping import StopSignal
 
@@ -292,7 +291,7 @@ class Trainer:
         self.precision = world.share(device.choose_precision(cfg.training.precision, world.device))  # one for all nodes
         self.output_dir = Path(cfg.training.output_dir)
         self.metrics = self.output_dir / metrics.METRICS
-        opened = open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
+        opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
         # What can be refused at once is, before an hour of decoding.
         if cfg.wandb.enabled and world.is_main:
@@ -305,7 +304,7 @@ class Trainer:
         self._build_model(weights)
         self.tracker_id: str | None = None
         self.validation_due: Path | None = None  # a checkpoint made by a stop that left no time to validate
-        self.step, self.samples_seen, self.best_l1 = 0, 0, math.inf
+        self.step, self.samples_seen = 0, 0
         # loss, L1, KL, gradient norm summed since the last line of metrics.jsonl, and the number of steps
         self.window = torch.zeros(5, device=world.device)
         if resume_from is not None:
@@ -373,7 +372,6 @@ class Trainer:
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "best_l1": self.best_l1,
             "validation_due": validation_due,
             "schedule": identity.learning_settings(self.settings),
             "wandb_id": self.tracker.id,
@@ -391,13 +389,14 @@ class Trainer:
             state = lerobot_checkpoint.load_training_state(checkpoint)
             identity.check_unchanged(state["fingerprint"], self.fingerprint, checkpoint)
             state["model"] = lerobot_checkpoint.load_policy(checkpoint).model.state_dict()
+            run_dir.score_old_best(self.output_dir, state)
         state = self.world.share(state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.window.copy_(state["window"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.best_l1, self.tracker_id = state["best_l1"], state["wandb_id"]
+        self.tracker_id = state["wandb_id"]
         self.validation_due = checkpoint if state["validation_due"] else None
         if changed := identity.differences(state["schedule"], identity.learning_settings(self.settings)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
@@ -466,8 +465,10 @@ class Trainer:
         self.stop.interrupts = False
         batches, exit_code = iter(loader), 1
         try:
-            if self.validation_due is not None and self._validate() and world.is_main:
-                lerobot_checkpoint.point_link(self.output_dir, "best", self.validation_due)
+            if self.validation_due is not None:
+                score = self._validate()
+                if world.is_main:
+                    run_dir.score_late(self.output_dir, self.validation_due, score)
             self._loop(batches)
             exit_code = 0
         finally:
@@ -587,28 +588,25 @@ class Trainer:
             metrics.append(self.metrics, line, on_error=self.cfg.training.on_save_error)
             self.tracker.log(line)
 
-    def _validate(self) -> bool:
-        """Score the policy on held-out samples, shared among the ranks; -> whether it is the best so far."""
+    def _validate(self) -> float | None:
+        """Score the policy on held-out samples, shared among the ranks: lower is better, None if there are none."""
         if not len(self.held_out_dataset):
-            return False
+            return None
         batch_size = self.cfg.training.batch_size
         val_l1, samples = validation.score(self.model, self.normalizer, self.held_out_dataset, batch_size, self.world)
         self._append({"step": self.step, "val_l1_loss": val_l1, "val_samples": samples})
-        better = val_l1 < self.best_l1
-        self.best_l1 = min(val_l1, self.best_l1)
-        return better
+        return val_l1
 
     def _save(self, validate: bool) -> None:
         """Validate (not when stopping: there is no time) and hand a checkpoint to the background saver."""
         training = self.cfg.training
         with self.pace.paused():
-            better = validate and self._validate()
+            score = self._validate() if validate else None
             if not self.world.is_main:
                 return
             self.saver.submit(
                 self.output_dir,
                 self.step,
-                links=("last", "best") if better else ("last",),
                 keep=training.keep_checkpoints,
                 on_error=training.on_save_error,
                 model_state=self.model.state_dict(),
@@ -619,6 +617,7 @@ class Trainer:
                 train_config=self.contract,
                 # The resumed run makes up for a validation that a stop left out.
                 training_state=self._state(validation_due=not validate and self.step % training.save_freq == 0),
+                score=score,
                 total_steps=training.steps,
             )
 
@@ -677,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world is None or world.is_main:
             print(f"stopped by {stopped}", file=sys.stderr, flush=True)
             if cfg is not None:
-                mark_stopped(Path(cfg.training.output_dir), EXIT_STOPPED, str(stopped))
+                run_dir.mark_stopped(Path(cfg.training.output_dir), EXIT_STOPPED, str(stopped))
         if world is not None:
             world.leave_stopped(together=not stop.interrupts)
         return EXIT_STOPPED

@@ -12,10 +12,10 @@
           train_config.json                                         the run's whole configuration
         training_state/              what a resumed run reads
           training_state.pt                                         optimizer, step, generators, ...
-          manifest.json                                             size and SHA-256 of every file above
+          manifest.json                                             size and SHA-256 of every file above; score
       checkpoint_010000/
       last -> checkpoint_010000      relative links
-      best -> checkpoint_005000
+      best -> checkpoint_005000      the lowest score
 
 Why both normalisations: 0.3.2 normalises inside the policy, from buffers among the weights, and 0.4+ outside it, from
 the processors' files. A checkpoint read through the wrong one gives un-normalised actions and no error. So ours has
@@ -43,7 +43,18 @@ Nothing here knows of the training loop, the bags or wandb, or imports lerobot: 
 0.3.2 and 0.4.4. Outside, import from the package, not from its rooms.
 """
 
-from .directory import clean_leftovers, list_checkpoints, newest_checkpoint, point_link, prune, verify_checkpoint
+from .directory import (
+    best_checkpoint,
+    clean_leftovers,
+    link_best,
+    list_checkpoints,
+    newest_checkpoint,
+    point_link,
+    prune,
+    score_of,
+    set_score,
+    verify_checkpoint,
+)
 from .errors import CheckpointError
 from .files import file_sha256, read_json, read_tensors
 from .layout import CONFIG_FILE, PREPROCESSOR_FILE, PRETRAINED_DIR, TRAIN_CONFIG_FILE, WEIGHTS_FILE
@@ -64,11 +75,13 @@ __all__ = [
     "LoadedPolicy",
     "Normalizer",
     "Stats",
+    "best_checkpoint",
     "buffer_names",
     "clean_leftovers",
     "file_sha256",
     "find_pretrained",
     "image_key",
+    "link_best",
     "list_checkpoints",
     "load_policy",
     "load_training_state",
@@ -78,6 +91,8 @@ __all__ = [
     "read_json",
     "read_tensors",
     "save_checkpoint",
+    "score_of",
+    "set_score",
     "stats_shapes",
     "verify_checkpoint",
 ]

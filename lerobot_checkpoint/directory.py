@@ -8,6 +8,7 @@ Must not know: what the files of a checkpoint mean. It compares them with their 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import CheckpointError
-from .files import file_sha256, flush_directory, read_json
-from .layout import LISTED_FILES, MANIFEST_FILE, PRETRAINED_DIR, TRAINING_DIR
+from .files import file_sha256, flush_directory, json_bytes, read_json
+from .layout import LISTED_FILES, MANIFEST_FILE, PRETRAINED_DIR, SCORE, TRAINING_DIR
 
 # -- which are there, and are they whole? -------------------------------------------------------------------------
 
@@ -44,16 +45,12 @@ def newest_checkpoint(output_dir: str | Path, on_bad: Callable[[str], None] = la
 
 def verify_checkpoint(checkpoint_dir: str | Path) -> None:
     """Compare every file of a checkpoint with its manifest. Reads everything: about 0.5 s for the default model with
-    its AdamW state.
+    its AdamW state. Files that the manifest does not list (a file browser's, a note) are nobody's business.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed or foreign; the message names the first such file.
+        CheckpointError: a file is missing, truncated or changed; the message names the first such file.
     """
-    checkpoint = Path(checkpoint_dir)
-    verify_folders(checkpoint, (PRETRAINED_DIR, TRAINING_DIR))
-    for path in checkpoint.iterdir():
-        if path.name not in (PRETRAINED_DIR, TRAINING_DIR):
-            raise CheckpointError(f"{path}: foreign, not in the manifest; move it elsewhere")
+    verify_folders(Path(checkpoint_dir), (PRETRAINED_DIR, TRAINING_DIR))
 
 
 def verify_folders(checkpoint: Path, folders: tuple[str, ...]) -> None:
@@ -68,12 +65,9 @@ def verify_folders(checkpoint: Path, folders: tuple[str, ...]) -> None:
         raise CheckpointError(f"{checkpoint}: holds step {step} by its manifest; rename it or use another checkpoint")
 
     expected = {name for name in {*LISTED_FILES, *listed} if name.startswith(folders)}
-    found = {str(p.relative_to(checkpoint)) for f in folders for p in (checkpoint / f).rglob("*") if not p.is_dir()}
-    for name in sorted(expected - found):
-        raise CheckpointError(f"{checkpoint / name}: missing; restore it or use another checkpoint")
-    for name in sorted(found - set(listed) - {MANIFEST_FILE}):
-        raise CheckpointError(f"{checkpoint / name}: foreign, not in the manifest; move it elsewhere")
     for name in sorted(expected):
+        if not (checkpoint / name).is_file() or name not in listed:
+            raise CheckpointError(f"{checkpoint / name}: missing; restore it or use another checkpoint")
         size, sha256 = listed[name]
         if (checkpoint / name).stat().st_size != size:
             raise CheckpointError(
@@ -85,6 +79,51 @@ def verify_folders(checkpoint: Path, folders: tuple[str, ...]) -> None:
                 f"{checkpoint / name}: its SHA-256 is not the manifest's (changed since it was written); use another "
                 f"checkpoint, or, if the change was meant, a copy of {PRETRAINED_DIR}/ elsewhere"
             )
+
+
+# -- which is the best? -------------------------------------------------------------------------------------------
+
+
+def score_of(checkpoint_dir: str | Path) -> float | None:
+    """A checkpoint's score, the lower the better; None if it has none (never validated, or written before there were
+    scores) or its manifest cannot be read."""
+    try:
+        score = read_json(Path(checkpoint_dir) / MANIFEST_FILE).get(SCORE)
+    except (CheckpointError, AttributeError):
+        return None
+    return score if isinstance(score, float) and math.isfinite(score) else None
+
+
+def set_score(checkpoint_dir: str | Path, score: float) -> None:
+    """Give a checkpoint its score after it was written; atomic.
+
+    Raises:
+        CheckpointError: its manifest cannot be read or written.
+    """
+    path = Path(checkpoint_dir) / MANIFEST_FILE
+    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        partial.write_bytes(json_bytes({**read_json(path), SCORE: score}, MANIFEST_FILE))
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write the score ({error.strerror or error})") from error
+
+
+def best_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint with the lowest score, of equal ones the earlier; None if none has a score."""
+    scored = [(score, path) for path in list_checkpoints(output_dir) if (score := score_of(path)) is not None]
+    return min(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def link_best(output_dir: str | Path) -> None:
+    """Point `best` at the checkpoint with the lowest score, wherever a kill or a lost link left it.
+
+    Raises:
+        CheckpointError: the link cannot be made.
+    """
+    best = best_checkpoint(output_dir)
+    if best is not None:
+        point_link(output_dir, "best", best)
 
 
 # -- changing it --------------------------------------------------------------------------------------------------

@@ -21,6 +21,10 @@ PRETRAINED_FILES = (
 # Files in TRAINING_DIR, as paths from the checkpoint on.
 TRAINING_STATE_FILE, MANIFEST_FILE = f"{TRAINING_DIR}/training_state.pt", f"{TRAINING_DIR}/manifest.json"
 
+# In the manifest beside `step` and `files`: what the checkpoint scored, the lower the better. The trainer scores by the
+# L1 on the held-out episodes.
+SCORE = "score"
+
 # What every manifest has to list: all files but the manifest itself, as paths from the checkpoint on.
 LISTED_FILES = (*(f"{PRETRAINED_DIR}/{name}" for name in PRETRAINED_FILES), TRAINING_STATE_FILE)
 

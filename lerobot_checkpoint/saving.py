@@ -20,10 +20,10 @@ from torch import Tensor
 
 from act_model import ACTConfig
 
-from .directory import move_into_place, point_link, prune
+from .directory import link_best, move_into_place, point_link, prune
 from .errors import CheckpointError
 from .files import flush_directory, json_bytes
-from .layout import MANIFEST_FILE, PRETRAINED_DIR, TRAINING_DIR, TRAINING_STATE_FILE, checkpoint_name
+from .layout import MANIFEST_FILE, PRETRAINED_DIR, SCORE, TRAINING_DIR, TRAINING_STATE_FILE, checkpoint_name
 from .lerobot_writing import pretrained_files
 from .normalisation import Stats, checked_stats, stats_shapes
 from .training_state import training_state_bytes
@@ -40,6 +40,7 @@ def save_checkpoint(
     policy_fields: Mapping[str, Any],
     train_config: Mapping[str, Any],
     training_state: Mapping[str, Any],
+    score: float | None = None,
     total_steps: int | None = None,
 ) -> Path:
     """Write OUTPUT_DIR/checkpoint_<step>, then point `last` at it; -> its path.
@@ -56,6 +57,7 @@ def save_checkpoint(
         policy_fields: a value for each of POLICY_FIELDS.
         train_config: the content of train_config.json, plain JSON values.
         training_state: nested dicts, lists and tuples of tensors and plain Python values.
+        score: what best_checkpoint compares, the lower the better; None if this one was not scored.
         total_steps: the run's length; only decides how many digits the name has.
 
     Raises:
@@ -74,7 +76,7 @@ def save_checkpoint(
     contents = {f"{PRETRAINED_DIR}/{name}": content for name, content in pretrained.items()}
     contents[TRAINING_STATE_FILE] = training_state_bytes(training_state)
     listing = {n: dict(bytes=len(c), sha256=hashlib.sha256(c).hexdigest()) for n, c in contents.items()}
-    contents[MANIFEST_FILE] = json_bytes(dict(step=step, files=listing), MANIFEST_FILE)
+    contents[MANIFEST_FILE] = json_bytes({"step": step, SCORE: score, "files": listing}, MANIFEST_FILE)
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -118,16 +120,15 @@ class CheckpointSaver:
         output_dir: str | Path,
         step: int,
         *,
-        links: tuple[str, ...] = (),
         keep: int | None = None,
         on_error: str = "stop",
         **contents: Any,
     ) -> None:
-        """Copy `contents` and save them while the caller goes on. Waits first for a save that is still under way.
+        """Copy `contents` and save them while the caller goes on; then point `best` at the lowest score that is there.
+        Waits first for a save that is still under way.
 
         Args:
             output_dir, step, contents: the arguments of save_checkpoint.
-            links: links besides `last` that are then pointed at the checkpoint, for example ("best",).
             keep: then prune all but so many checkpoints (see prune); None keeps all.
             on_error: "stop": the next check() or wait() raises it; "continue": a CheckpointError is only printed.
 
@@ -139,9 +140,8 @@ class CheckpointSaver:
 
         def save() -> None:
             try:
-                checkpoint = save_checkpoint(output_dir, step, **copied)
-                for name in links:
-                    point_link(output_dir, name, checkpoint)
+                save_checkpoint(output_dir, step, **copied)
+                link_best(output_dir)
                 if keep is not None:
                     prune(output_dir, keep)
             except Exception as error:  # a thread's error is lost unless it is kept

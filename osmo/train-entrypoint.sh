@@ -76,8 +76,7 @@ if [[ -n $resume_from ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; the
   PYTHONPATH=$here python - "$resume_from/$(basename "$run_dir")" "$run_dir" <<'PY' || die "could not take up $resume_from"
 import os, shutil, sys
 from pathlib import Path
-from lerobot_checkpoint import CheckpointError, newest_checkpoint, point_link, verify_checkpoint
-from training.metrics import read_metrics
+from lerobot_checkpoint import CheckpointError, best_checkpoint, newest_checkpoint, verify_checkpoint
 
 earlier, run_dir = map(Path, sys.argv[1:])
 
@@ -95,17 +94,13 @@ if newest is None:
     sys.exit()
 if (earlier / "metrics.jsonl").exists():
     shutil.copy(earlier / "metrics.jsonl", run_dir)
-_, validations = read_metrics(earlier / "metrics.jsonl")
-scores = {line["step"]: line["val_l1_loss"] for line in validations}
 fetch(newest)
 print(f"train-entrypoint: taking up {newest.name} of an earlier attempt")
-if scores:  # links are not uploaded: point `best` at the same checkpoint again
-    best = earlier / f"checkpoint_{min(scores, key=scores.get):06d}"
+best = best_checkpoint(earlier)  # train.py points `best` at it again: links are not uploaded
+if best is not None and best.name != newest.name:
     try:
-        if best.name != newest.name:
-            verify_checkpoint(best)
-            fetch(best)
-        point_link(run_dir, "best", run_dir / best.name)
+        verify_checkpoint(best)
+        fetch(best)
     except CheckpointError as error:
         print(f"train-entrypoint: the best checkpoint so far is lost: {error}")
 PY

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lerobot_checkpoint import list_checkpoints, load_policy, verify_checkpoint
+from lerobot_checkpoint import list_checkpoints, load_policy, set_score, verify_checkpoint
 from tests.once import once
 from tests.osmo_spec import place, submit
 from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload, write_evaluation_dataset
@@ -136,16 +136,12 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
 
 
 def test_the_best_checkpoint_is_found_again(finished: Path, sample_bags: Path, tmp_path: Path):
-    """Links are not uploaded: the lowest validation in metrics.jsonl tells which it was, and only that one and the
-    newest are taken up. (The run is complete: no later checkpoint can become the best.)"""
+    """Links are not uploaded: the lowest score in the checkpoints tells which it was, and only that one and the newest
+    are taken up. (The run is complete: no later checkpoint can become the best.)"""
     stored = tmp_path / "stored"
     upload(finished / RUN_DIR, stored)
-    path = stored / "train-rosbag-act/metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        if "val_l1_loss" in line:
-            line["val_l1_loss"] = {3: 2.0, 6: 1.0, 9: 3.0}[line["step"]]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step, score in {3: 2.0, 6: 1.0, 9: 3.0}.items():
+        set_score(stored / f"train-rosbag-act/checkpoint_{step:06d}", score)
     box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: stored})
     assert box.run() == 0, box.log()
     assert [each.name for each in list_checkpoints(box.run_dir)] == ["checkpoint_000006", "checkpoint_000009"]

@@ -17,7 +17,9 @@ import torch
 
 import lerobot_checkpoint
 import train
-from lerobot_checkpoint import load_policy, load_training_state, saving
+from lerobot_checkpoint import file_sha256, load_policy, load_training_state, saving
+from lerobot_checkpoint.layout import MANIFEST_FILE, TRAINING_STATE_FILE
+from lerobot_checkpoint.training_state import training_state_bytes
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
 from training.metrics import read_metrics
 from training.run_dir import STOP_MARKER
@@ -183,6 +185,79 @@ def test_auto_falls_back_to_the_newest_checkpoint_that_verifies(straight: Path, 
     assert_same_run(output, straight)
 
 
+def test_no_whole_checkpoint_is_no_fresh_start(sample_bags: Path, tmp_path: Path, capsys):
+    """Checkpoints that cannot be read, for example for a moment on a network disk, are not written over."""
+    output = run(sample_bags, tmp_path)
+    before = (output / "metrics.jsonl").read_bytes()
+    for path in output.glob("checkpoint_*/training_state/training_state.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert train.main(arguments(sample_bags, tmp_path, ("--resume",))) == 1
+    error = capsys.readouterr().err
+    assert "holds 2 checkpoints, and none of them is whole" in error and "training_state.pt" in error, error
+    assert (output / "metrics.jsonl").read_bytes() == before and (
+        output / "last"
+    ).readlink().name == "checkpoint_000006"
+
+
+def test_a_file_browsers_traces_do_not_start_a_run_over(straight: Path, sample_bags: Path, tmp_path: Path):
+    """A .DS_Store in each checkpoint and its folders: the run goes on from the newest all the same."""
+    output = run(sample_bags, tmp_path, training__steps=4, training__save_freq=2)
+    for folder in [f for f in output.glob("checkpoint_*/**/") if f.is_dir()]:
+        (folder / ".DS_Store").write_bytes(b"\0Bud1")
+    run(sample_bags, tmp_path, "--resume", training__save_freq=2)
+    assert_same_run(output, straight)
+
+
+def test_best_is_found_again_after_a_kill_between_the_links(sample_bags: Path, tmp_path: Path):
+    """`best` follows the scores in the checkpoints, wherever the link was left; it is not pruned meanwhile."""
+    output = run(sample_bags, tmp_path, training__save_freq=1)
+    best = (output / "best").resolve()
+    for wrong in lerobot_checkpoint.list_checkpoints(output):
+        lerobot_checkpoint.point_link(output, "best", wrong)
+        run(sample_bags, tmp_path, "--resume", training__save_freq=1)
+        assert (output / "best").resolve() == best
+
+
+def test_a_checkpoint_that_was_never_written_is_not_the_best(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
+    """on_save_error: continue, and the disk refuses the step with the lowest L1: `best` is the lowest of those there,
+    and is kept when others are pruned."""
+    scores = {1: 0.5, 2: 0.4, 3: 0.1, 4: 0.45, 5: 0.6, 6: 0.7}
+    monkeypatch.setattr(train.Trainer, "_validate", lambda self: scores[self.step])
+    original = saving.move_into_place
+
+    def full(temporary: Path, final: Path) -> None:
+        if final.name == "checkpoint_000003":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(temporary, final)
+
+    monkeypatch.setattr(saving, "move_into_place", full)
+    settings = {"training__save_freq": 1, "training__keep_checkpoints": 1, "training__on_save_error": "continue"}
+    output = run(sample_bags, tmp_path, **settings)
+    assert "training goes on without this checkpoint" in capsys.readouterr().err
+    assert (output / "best").readlink().name == "checkpoint_000002"
+    assert [p.name for p in lerobot_checkpoint.list_checkpoints(output)] == ["checkpoint_000002", "checkpoint_000006"]
+
+
+def test_a_run_from_before_scores_keeps_its_best(sample_bags: Path, tmp_path: Path):
+    """Its checkpoints have no scores; `best` and the lowest L1 in the training state say which it was."""
+    output = run(sample_bags, tmp_path, training__steps=4, training__save_freq=2)
+    for checkpoint in lerobot_checkpoint.list_checkpoints(output):  # as they were
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        del manifest["score"]
+        state = load_training_state(checkpoint) | {"best_l1": 1e-6}
+        (checkpoint / TRAINING_STATE_FILE).write_bytes(training_state_bytes(state))
+        size = (checkpoint / TRAINING_STATE_FILE).stat().st_size
+        manifest["files"][TRAINING_STATE_FILE] = {
+            "bytes": size,
+            "sha256": file_sha256(checkpoint / TRAINING_STATE_FILE),
+        }
+        (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    lerobot_checkpoint.point_link(output, "best", output / "checkpoint_000002")
+    run(sample_bags, tmp_path, "--resume", training__save_freq=2)
+    assert (output / "best").readlink().name == "checkpoint_000002"
+    assert lerobot_checkpoint.score_of(output / "best") == 1e-6
+
+
 def test_a_checkpoint_by_path_starts_a_run_elsewhere(straight: Path, sample_bags: Path, tmp_path: Path):
     """training.resume: PATH continues it in another output directory; beside newer checkpoints it is refused."""
     run(sample_bags, tmp_path, training__resume=straight / "checkpoint_000004", training__save_freq=2)
@@ -240,13 +315,25 @@ def test_a_signal_saves_and_exits_75_and_the_run_continues_exactly(
 
 
 def test_a_second_signal_ends_at_once(sample_bags: Path, tmp_path: Path):
-    """The first asks, the second insists: no save, death by that very signal."""
+    """The first asks, a Ctrl-C after it insists: no save, death by that very signal."""
     process = start(sample_bags, tmp_path, training__steps=1000, training__log_freq=1)
     wait_for_step(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode in (-signal.SIGTERM, 75)  # 75 if the step ended between the two
+    assert process.returncode in (-signal.SIGINT, 75)  # 75 if the step ended between the two
+
+
+def test_sigterms_within_seconds_are_one_request(sample_bags: Path, tmp_path: Path):
+    """A scheduler signals the whole process group, torchrun passes its own on: the save is not lost to the second."""
+    process = start(sample_bags, tmp_path, training__steps=1000, training__log_freq=1, training__save_freq=1000)
+    wait_for_step(tmp_path / "run", 1, process)
+    for _ in range(20):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    lerobot_checkpoint.verify_checkpoint(tmp_path / "run/last")
 
 
 def test_a_signal_while_bags_are_decoded_exits_75_at_once(sample_bags: Path, tmp_path: Path):

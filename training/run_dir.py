@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def open_output(output_dir: Path, resume: str, overwrite: bool) -> Path | None:
         The checkpoint directory to continue from, or None for a fresh start.
 
     Raises:
-        ConfigError: the directory holds a run and neither resuming nor overwriting was asked for, or cannot be made.
+        ConfigError: the directory holds a run and neither resuming nor overwriting was asked for, none of its
+            checkpoints is whole, or it cannot be made.
         CheckpointError: the checkpoint that `resume` names is not whole.
     """
     try:
@@ -68,8 +71,17 @@ def open_output(output_dir: Path, resume: str, overwrite: bool) -> Path | None:
         for path in [*lerobot_checkpoint.list_checkpoints(output_dir), *(output_dir / name for name in RUN_FILES)]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return None
+    lerobot_checkpoint.link_best(output_dir)  # a kill may have come between the two links
     if resume == "auto" or restarted:
-        newest = lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=lambda line: print(f"passed over {line}"))
+        passed_over: list[str] = []
+        newest = lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=passed_over.append)
+        for line in passed_over:
+            print(f"passed over {line}")
+        if newest is None and passed_over:  # starting over would write a new run over what may still be saved
+            raise ConfigError(
+                f"training.output_dir: {output_dir} holds {len(passed_over)} checkpoints, and none of them is whole "
+                f"({passed_over[0]}); put one in order, or replace the run with --overwrite"
+            )
         if newest is not None or resume in ("auto", "never"):
             return newest
     checkpoints = lerobot_checkpoint.list_checkpoints(output_dir)
@@ -90,6 +102,24 @@ def open_output(output_dir: Path, resume: str, overwrite: bool) -> Path | None:
             "--overwrite, or set another training.output_dir"
         )
     return checkpoint
+
+
+def score_late(output_dir: Path, checkpoint: Path, score: float | None) -> None:
+    """Give a checkpoint of this run the score that a stop left no time for.
+
+    A checkpoint of another run, which this one started from, stays as it is.
+    """
+    if score is not None and checkpoint.parent.resolve() == output_dir.resolve():
+        lerobot_checkpoint.set_score(checkpoint, score)
+        lerobot_checkpoint.link_best(output_dir)
+
+
+def score_old_best(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """Take over the best checkpoint of a run that began before checkpoints had scores: `best` points at it, and its
+    L1 stands in the training state."""
+    best = output_dir / "best"
+    if math.isfinite(state.get("best_l1", math.inf)) and best.exists() and lerobot_checkpoint.score_of(best) is None:
+        lerobot_checkpoint.set_score(best, state["best_l1"])
 
 
 def mark_stopped(output_dir: Path, exit_code: int, reason: str) -> None:
