@@ -71,7 +71,7 @@ def learning_settings(settings: Settings) -> dict[str, Any]:
     """What a resumed run may change, and says: how it learns from here on."""
     training = settings["training"]
     keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler"]
-    if training["scheduler"] == "cosine":
+    if training["scheduler"] != "none":
         keys += ["warmup_steps", "min_lr", "steps"]
     augmentation = settings["augmentation"] if settings["augmentation"]["enabled"] else {"enabled": False}
     return {f"training.{name}": training[name] for name in keys} | {"augmentation": augmentation}
