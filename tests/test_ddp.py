@@ -116,8 +116,9 @@ def start(bags: Path, folder: Path, *options: str, script: Path = ROOT / "train.
     command = [*torchrun(2, *options), str(script), *arguments(bags, folder, ("--resume",), **overrides)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
@@ -137,6 +138,19 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_together(sample_bags: Path, tmp_
     assert marker["exit_code"] == 75
     saved = load_training_state(tmp_path / "run/last")["step"]
     assert saved == metrics(tmp_path / "run")[-1]["step"] and f"at step {saved};" in marker["stopped by"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_loses_no_save(sample_bags: Path, tmp_path: Path, number: signal.Signals):
+    """As SLURM and systemd stop a job, and a terminal's Ctrl-C: each rank gets it twice, the second from torchrun."""
+    process = start(sample_bags, tmp_path, training__steps=5000, training__log_freq=1, training__save_freq=5000)
+    wait_for_step(tmp_path / "run", 2, process)
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    marker = json.loads((tmp_path / "run/stopped.json").read_text())
+    verify_checkpoint(tmp_path / "run/last")
+    assert f"at step {load_training_state(tmp_path / 'run/last')['step']};" in marker["stopped by"]
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_exact(sample_bags: Path, tmp_path: Path):
