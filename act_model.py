@@ -265,6 +265,11 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     flips somewhere moves some gradients by half a percent.
     """
 
+    weight: Tensor  # (C,) buffers of torchvision's class; nn.Module alone would call them Tensor or Module
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32 and self.training:
             return super().forward(x)
@@ -276,6 +281,8 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
 class ACT(nn.Module):
     """The network drawn above. Parameters have LeRobot's names and, but for the random draws, its initialisation."""
+
+    vae_encoder_pos_enc: Tensor  # a buffer
 
     def __init__(self, config: ACTConfig):
         super().__init__()
@@ -331,11 +338,11 @@ class ACT(nn.Module):
         state = batch[STATE]
         B = state.shape[0]
 
+        posterior: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
         if self.config.use_vae and self.training:
-            mu, log_sigma_x2 = self.encode_actions(state, batch[ACTION], batch[ACTION_IS_PAD])
+            mu, log_sigma_x2 = posterior = self.encode_actions(state, batch[ACTION], batch[ACTION_IS_PAD])
             latent = mu + (log_sigma_x2 / 2).exp() * torch.randn_like(mu)
         else:
-            mu = log_sigma_x2 = None
             latent = state.new_zeros(B, self.config.latent_dim)
 
         tokens = [
@@ -361,7 +368,7 @@ class ACT(nn.Module):
         with torch.autocast(chunk.device.type, enabled=False):
             chunk = chunk.transpose(0, 1).to(self.action_head.weight.dtype)  # (B, chunk, D)
             actions = self.action_head(chunk)  # (B, chunk, action_dim)
-        return actions, (mu, log_sigma_x2)
+        return actions, posterior
 
     def encode_actions(self, state: Tensor, actions: Tensor, action_is_pad: Tensor) -> tuple[Tensor, Tensor]:
         """The VAE's posterior of the chunk that was really performed: mu and log(sigma^2), each (B, L)."""
@@ -449,6 +456,7 @@ def loss_terms(
     n_valid_elements = (~action_is_pad).sum() * actions.shape[-1]
     if mu is None:
         return l1_sum, n_valid_elements, l1_sum.new_zeros(())
+    assert log_sigma_x2 is not None  # both or neither
     mu, log_sigma_x2 = mu.float(), log_sigma_x2.float()
     kl_sum = -0.5 * (1 + log_sigma_x2 - mu.square() - log_sigma_x2.exp()).sum()
     return l1_sum, n_valid_elements, kl_sum

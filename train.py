@@ -353,9 +353,9 @@ class Trainer:
         if weights is not None:
             load_backbone(self.model, weights, cfg.model.pretrained_backbone)
         # The convolutions get their images channels last (that is how pixels are stored), and so their weights.
-        self.model.to(world.device, memory_format=torch.channels_last)
+        self.model.to(world.device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload] - stubs
         self.normalizer = Normalizer(self.stats).to(world.device)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: Any = torch.optim.AdamW(  # Any: torch does not declare its attribute found_inf
             [
                 {"params": self.model.other_parameters(), "lr": training.lr},
                 {"params": self.model.backbone_parameters(), "lr": training.lr_backbone},

@@ -96,12 +96,13 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> LoadedP
             f"{directory / WEIGHTS_FILE}: does not fit {CONFIG_FILE}: {mismatch}; use a complete checkpoint"
         )
     model.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
+    # Channels last, as pixels are stored, is 10 % faster on a CPU.
+    model.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload] - torch's stubs lack it
 
     train_config = directory / TRAIN_CONFIG_FILE
     return LoadedPolicy(
         path=directory,
-        # Channels last, as pixels are stored, is 10 % faster on a CPU.
-        model=model.to(device, memory_format=torch.channels_last).eval(),
+        model=model.eval(),
         act_config=act_config,
         normalizer=Normalizer(stats, device),
         stats=stats,

@@ -73,7 +73,7 @@ def save_checkpoint(
     # of what was meant to be written.
     stats = checked_stats(stats, stats_shapes(act_config), "stats")
     pretrained = pretrained_files(model_state, act_config, image_shapes, stats, policy_fields, train_config)
-    contents = {f"{PRETRAINED_DIR}/{name}": content for name, content in pretrained.items()}
+    contents: dict[str, bytes | memoryview] = {f"{PRETRAINED_DIR}/{n}": c for n, c in pretrained.items()}
     contents[TRAINING_STATE_FILE] = training_state_bytes(training_state)
     listing = {n: dict(bytes=len(c), sha256=hashlib.sha256(c).hexdigest()) for n, c in contents.items()}
     contents[MANIFEST_FILE] = json_bytes({"step": step, SCORE: score, "files": listing}, MANIFEST_FILE)

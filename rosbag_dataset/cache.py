@@ -141,7 +141,7 @@ def _write_entry(
                 files[camera] = stack.enter_context((building / pixels_file(camera)).open("wb"))
                 if hasattr(os, "posix_fallocate"):  # a disk that is too small says so at once, not after an hour
                     os.posix_fallocate(files[camera].fileno(), 0, expected[camera] * image.nbytes)
-            files[camera].write(memoryview(np.ascontiguousarray(image)).cast("B"))
+            files[camera].write(np.ascontiguousarray(image).data.cast("B"))
 
         recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
     save(building / "joint_time_ns.npy", recording.joint_time_ns)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -110,7 +110,7 @@ def _decoding_processes() -> int:
 
 
 @contextlib.contextmanager
-def hold_signals() -> Iterator[Callable[[], None]]:
+def hold_signals() -> Generator[Callable[[], None]]:
     """Hold back SIGINT and SIGTERM; -> a function that lets those that have come be answered, at a place fit for it.
 
     A handler that raises in the middle of concurrent.futures leaves locks taken that its threads then wait for, for
@@ -157,7 +157,9 @@ def _start_worker(counters: Any) -> None:
 
 def _die_with_parent() -> None:
     """A pool's process waits for work for ever when the process that would give it is killed."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a pool's process
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -57,7 +57,7 @@ def compute_stats(
         if image_stats == "dataset":
             for camera in images:
                 images[camera] = _merge(images[camera], _image_moments(episode, camera))
-    if action is None:
+    if state is None or action is None:
         raise BagError(
             "no episode has two consecutive frames, so that there is no action to learn; see data.max_offset_ms"
         )

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +119,7 @@ def open_storage(bag: Bag, stack: contextlib.ExitStack, scratch: Path | None = N
 
 
 @contextlib.contextmanager
-def storage_errors(bag: Bag, file: Path) -> Iterator[None]:
+def storage_errors(bag: Bag, file: Path) -> Generator[None]:
     """While a storage file is being read: whatever goes wrong becomes a BagError that names the bag and the file.
 
     Broken files make rosbags, sqlite, zstd and struct raise a dozen exception types; ours is one line.
@@ -155,7 +155,7 @@ def messages(bag: Bag, readers: Sequence[Storage], topics: set[str]) -> Iterator
         BagError: a file is damaged.
     """
     for file, reader in zip(bag.files, readers, strict=True):
-        connections = [c for c in reader.connections if c.topic in topics]
+        connections: list[Any] = [c for c in reader.connections if c.topic in topics]
         if not connections:
             continue
         # An mcap without a chunk index is refused by messages() unless in time order; we sort, so scan it.

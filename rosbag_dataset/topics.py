@@ -68,7 +68,7 @@ def typestore_for(ros_distro: str) -> Typestore:
     Raises:
         SetupError: rosbags does not know that distribution.
     """
-    known = {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
+    known: dict[str, Stores] = {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
     if ros_distro not in known:
         raise SetupError(f"data.ros_distro: found {ros_distro!r}, expected one of {', '.join(sorted(known))}")
     return get_typestore(known[ros_distro])

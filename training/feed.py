@@ -63,9 +63,9 @@ def step_seed(seed: int, step: int, rank: int, use: str = "") -> int:
 def make_loader(dataset: ChunkDataset, stream: SampleStream, num_workers: int, device: torch.device) -> DataLoader:
     """Raw batches in the stream's order, as `num_workers` processes load them (0: this one does)."""
     return DataLoader(
-        dataset,
+        dataset,  # ty: ignore[invalid-argument-type] - rosbag_dataset knows no torch, so that it is no torch Dataset
         batch_sampler=stream,
-        collate_fn=to_tensors,
+        collate_fn=to_tensors,  # ty: ignore[invalid-argument-type] - torch's stubs know no __getitems__ of whole batches
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,

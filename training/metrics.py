@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,14 @@ class Pace:
         self._waited_s, self._since_s, self._since_step = 0.0, time.perf_counter(), step
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """Time inside counts as waiting for data."""
         before_s = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - before_s
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Time inside does not count: neither validation nor saving is training speed."""
         before_s = time.perf_counter()
         yield

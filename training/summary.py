@@ -145,11 +145,11 @@ def finish(
         What summary.json holds.
     """
     joint_names, action_mode = contract["joint_names"], contract["action_mode"]
-    frames = [episode.sync_report for episode in (*train, *held_out)]
+    reports = [episode.sync_report for episode in (*train, *held_out)]
     facts = {
         "trained": trained,
         "data": f"{len(train)} episodes ({len(held_out)} more held out, {skipped_bags} bags skipped), "
-        f"{sum(r['frames'] for r in frames)} frames kept, {sum(r['dropped'] for r in frames)} dropped",
+        f"{sum(r['frames'] for r in reports)} frames kept, {sum(r['dropped'] for r in reports)} dropped",
     }
     unseen, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in (held_out, train))  # with an action
     episodes, any_unseen = (unseen or seen)[:SUMMARY_EPISODES], bool(unseen)
@@ -161,6 +161,7 @@ def finish(
         policies = {"policy": predicted, **baselines(episode, frames, action_mean, action_mode)}
         for name, action in policies.items():
             errors.setdefault(name, []).append(np.abs(action - recorded))
+    assert shown is not None  # compute_stats has refused data in which no episode has an action
     mae = {name: np.concatenate(parts) for name, parts in errors.items()}
     training, validation = read_metrics(output_dir / METRICS)
     kind = "held-out" if any_unseen else "training (none was held out)"

@@ -141,6 +141,7 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
             "action; expected the same joints in both, to which actions are positions or deltas"
         )
     if has_contract(policy.path):
+        assert policy.train_config is not None  # has_contract has read it
         return _from_trainer(policy, policy.train_config, said)
 
     missing = [

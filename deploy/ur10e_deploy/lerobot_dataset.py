@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ class LeRobotDatasetSource:
 
     def _path(self, template: str, **fields: Any) -> Path:
         """A path from one of info.json's templates."""
-        text = self._info.get(template)
+        text: Any = self._info.get(template)  # whatever the file holds
         try:
             return self.root / text.format(**fields)
         except (AttributeError, LookupError, ValueError):  # not text, another field, another format
@@ -320,7 +320,10 @@ class LeRobotDatasetSource:
         """(n, size) float32 of a feature's column; every value finite."""
         size = self._features[key]["shape"][0]
         is_list = pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)
-        flat = pc.list_flatten(column) if is_list or pa.types.is_large_list(column.type) else column
+        if is_list or pa.types.is_large_list(column.type):
+            flat = pc.list_flatten(column)  # ty: ignore[missing-attribute] - pyarrow makes it when imported
+        else:
+            flat = column
         if len(flat) != len(column) * size:
             raise SourceError(f"{where}: {key}: info.json says {size} values a row, found {len(flat)} in {len(column)}")
         try:
@@ -415,7 +418,7 @@ class LeRobotDatasetSource:
                         "video was cut short, or from_timestamp in meta/episodes is wrong: copy the dataset again"
                     )
 
-    def _video_frames(self, episode: EpisodeData, camera: str, wanted: range) -> Iterator[np.ndarray]:
+    def _video_frames(self, episode: EpisodeData, camera: str, wanted: range) -> Generator[np.ndarray]:
         """Decode forward from the key frame before the first wanted frame, once."""
         row = self._row(episode.index)
         file = self._video_file(row, camera)
@@ -448,7 +451,7 @@ class LeRobotDatasetSource:
                 # Without a copy the array may be a view of memory that belongs to ffmpeg.
                 yield np.require(pixels, requirements=["C", "W", "O"])
 
-    def _image_frames(self, episode: EpisodeData, camera: str, wanted: range) -> Iterator[np.ndarray]:
+    def _image_frames(self, episode: EpisodeData, camera: str, wanted: range) -> Generator[np.ndarray]:
         """Pixels that lie in the parquet file (PNG or JPEG bytes) or in files that it names."""
         key = IMAGE_PREFIX + camera
         file = self._data_file(self._row(episode.index))
@@ -488,7 +491,7 @@ class LeRobotDatasetSource:
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _reading(file: Path) -> Generator[None]:
     """Damaged files make pyarrow and ffmpeg raise a dozen types of exception; ours is one line."""
     try:
         yield
@@ -550,7 +553,7 @@ def _codec(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_video(file: Path) -> Iterator[tuple[Any, Any]]:
+def _open_video(file: Path) -> Generator[tuple[Any, Any]]:
     # av's own default, which torchvision changes when it is imported: with a log level set, a decoding thread that
     # complains of a damaged file waits for the interpreter while closing the file waits for the thread, for ever.
     av.logging.set_level(None)
@@ -567,6 +570,7 @@ def _open_video(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _time_s(frame: av.VideoFrame) -> float:
+    assert frame.pts is not None and frame.time_base is not None  # _decode_from leaves out frames without a time
     return float(frame.pts * frame.time_base)
 
 

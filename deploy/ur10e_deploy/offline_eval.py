@@ -82,7 +82,7 @@ def evaluate_episode(
         PolicyError: an observation does not fit the policy.
         SourceError: an image cannot be read.
     """
-    has_action = np.isfinite(data.action).all(axis=1)
+    has_action = np.all(np.isfinite(data.action), axis=1)
     run_stop = _run_stops(has_action, data.segment)
     shown = set(np.linspace(frames.start, max(frames.start, frames.stop - 1), THUMBNAILS).round().astype(int).tolist())
     cameras = list(runner.contract.cameras)

@@ -89,7 +89,7 @@ class LeRobotBackend:
             raise CannotLoad(f"lerobot fails to import ({type(error).__name__}: {error})") from None
         this = f"lerobot {self.version}"
         try:
-            config = PreTrainedConfig.from_pretrained(policy.path, local_files_only=True)
+            config: Any = PreTrainedConfig.from_pretrained(policy.path, local_files_only=True)
         except Exception as error:  # noqa: BLE001 - draccus has a dozen kinds
             raise CannotLoad(f"{this} does not read this config.json ({error})") from None
         config.pretrained_backbone_weights = None  # a name here makes it download weights that are replaced at once
@@ -116,7 +116,7 @@ class LeRobotBackend:
             if not (policy.path / PREPROCESSOR_FILE).exists():
                 raise CannotLoad(f"{this} normalises in processors, and there is no {PREPROCESSOR_FILE}")
             try:
-                from lerobot.policies.factory import make_pre_post_processors
+                from lerobot.policies.factory import make_pre_post_processors  # ty: ignore[missing-module-member] - 0.4+
 
                 self._before, self._after = make_pre_post_processors(
                     self._policy.config,
@@ -296,17 +296,15 @@ class PolicyRunner:
         began_s = self._now_s()
         state = self._checked_state(state_rad)
         self._check_images(images)
-        chunk = None
-        if self.mode != "chunk" or not self._queue:
-            chunk = self._infer(state, images)
-        if self.mode == "chunk":
-            if chunk is not None:
-                self._queue.extend(chunk[: self.n_action_steps])
-            action = self._queue.popleft()
-        elif self.mode == "ensemble":
-            action = self._ensembler.update(torch.from_numpy(chunk)[None])[0].numpy()
+        if self.mode == "chunk" and self._queue:
+            chunk, action = None, self._queue.popleft()
         else:
+            chunk = self._infer(state, images)
             action = chunk[0]
+            if self.mode == "chunk":
+                self._queue.extend(chunk[1 : self.n_action_steps])
+            elif self.mode == "ensemble":
+                action = self._ensembler.update(torch.from_numpy(chunk)[None])[0].numpy()
         seconds = self._now_s() - began_s
         (self._latency.cached_pop_s if chunk is None else self._latency.inference_s).append(seconds)
         return ControlStep(action.copy(), chunk, seconds)

@@ -63,11 +63,10 @@ def _new_figure(width_in: float, height_in: float) -> Figure:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(width_in, height_in), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.02, h_pad=0.05)
-    return figure
+    return plt.figure(figsize=(width_in, height_in), layout=ConstrainedLayoutEngine(hspace=0.02, h_pad=0.05))
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -91,6 +90,7 @@ def draw_episode(path: Path, result: EpisodeResult, contract: RobotContract, joi
 
 def draw_rollout(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
     """Where the policy's own actions lead, against the recorded joint path, and the drift below."""
+    assert result.rollout_rad is not None  # drawn only after a rollout
     drift = contract.difference(result.rollout_rad, result.state_rad)
     title = f"{result.name}: rollout (images stay the recorded ones) against the recorded joint path, largest drift "
     title += f"{np.abs(drift).max():.3g} rad"
@@ -227,12 +227,12 @@ def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[
     axes = figure.add_subplot(grid[1, 1])
     milliseconds, budget = 1e3 * np.concatenate(inference_s), 1e3 / CONTROL_HZ
     far = max(1.15 * budget, 1.05 * milliseconds.max())
-    axes.hist(milliseconds, bins=np.linspace(0, far, 60), color=PREDICTED)
+    axes.hist(milliseconds, bins=np.linspace(0, far, 60).tolist(), color=PREDICTED)
     p99 = summary["latency"]["inference"]["p99_ms"]
     axes.axvline(p99, color=ERROR, linewidth=2, label=f"p99 {p99:.1f} ms")
     axes.axvline(budget, color=BUDGET, linewidth=2, linestyle="--", label=f"{CONTROL_HZ:g} Hz: {budget:.1f} ms")
     axes.set(title=f"latency of {len(milliseconds)} inferences", xlabel="ms", ylabel="inferences")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.legend(frameon=False)
 
     if rollout:

@@ -8,7 +8,7 @@ import datetime
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def drift_over_time(results: Sequence[EpisodeResult], contract: RobotContract, j
     """How far the rollouts are from the recorded joint path: at the last frame of every piece, and by time."""
     seconds, drift, last = [], [], []
     for result in results:
+        assert result.rollout_rad is not None  # asked for only after a rollout
         distance = np.abs(contract.difference(result.rollout_rad, result.state_rad))
         cuts = np.flatnonzero((np.diff(result.frame) != 1) | (np.diff(result.segment) != 0)) + 1
         for piece in np.split(np.arange(len(result.frame)), cuts):
@@ -160,7 +161,7 @@ class Output:
         return bool(self._earlier)
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> Generator[Path]:
         """A path to write to, which gets its name when the block ends well."""
         partial = self.folder / f".{name}.partial"
         try:

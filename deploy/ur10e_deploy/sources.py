@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -274,7 +274,7 @@ class BagSource:
         return episode
 
     @contextlib.contextmanager
-    def _bag_errors(self, where: str) -> Iterator[None]:
+    def _bag_errors(self, where: str) -> Generator[None]:
         try:
             yield
         except BagError as error:
