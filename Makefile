@@ -33,6 +33,7 @@ test: .venv/installed-all .venv-lerobot-0.4.4/installed .node/installed system-t
 lint: .venv/installed-all
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/ty check
 	@.venv/bin/shellcheck .ci/run osmo/*.sh
 	@.venv/bin/hadolint osmo/Dockerfile osmo/Dockerfile.eval
 
