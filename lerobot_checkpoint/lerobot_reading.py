@@ -78,8 +78,8 @@ def find_stats(directory: Path, config: ACTConfig, buffers: Mapping[str, Tensor]
         buffers: all tensors of its weights file that are not the model's.
 
     Raises:
-        CheckpointError: there is no statistic of a feature, two contradict each other, or a processor does something
-            that this code does not.
+        CheckpointError: a feature has no statistics, two sources contradict each other, or a processor does something
+            that this code cannot do.
     """
     sources = stats_of_buffers(directory / WEIGHTS_FILE, config, buffers) + stats_of_processors(directory, config)
     if not sources:

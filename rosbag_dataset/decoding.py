@@ -40,12 +40,12 @@ def build_entries(
         todo: the bags that are not cached yet.
         keys: bag name -> cache key.
         settings: what to read and where the cache is.
-        workers: processes; 0 means what keeps the cores busy. At most one per bag.
+        workers: number of processes, at most one per bag; 0 chooses as many as keep the cores busy.
         progress: show a progress bar.
-        stop_early: the first bad bag ends it, without waiting for those half decoded.
+        stop_early: stop at the first bad bag, without waiting for bags that are half decoded.
 
     Returns:
-        The bags that failed, each with its error; with `stop_early` those found until it stopped.
+        The bags that failed, each with its error; with `stop_early`, those that had failed when it stopped.
 
     Raises:
         BagError: a decoding process was killed.
@@ -93,9 +93,10 @@ def build_entries(
             ) from None
         finally:
             if pending:
-                # Asked to stop, or a bag is bad: do not wait for those half decoded, whose entries are discarded.
-                # The pool fails the futures that are left. Up to Python 3.11 its thread dies with a traceback on one
-                # that was cancelled: nothing here may cancel them, so that a stop stays one line.
+                # We were asked to stop, or a bag is bad. Bags that are half decoded are not waited for; their entries
+                # are discarded. The pool itself then marks the futures that are left as failed. Do not cancel them:
+                # up to Python 3.11 the pool's thread dies with a traceback on a cancelled future, and a stop should
+                # print one line.
                 for process in list(pool._processes.values()):
                     process.terminate()
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
@@ -111,11 +112,12 @@ def _decoding_processes() -> int:
 
 @contextlib.contextmanager
 def hold_signals() -> Generator[Callable[[], None]]:
-    """Hold back SIGINT and SIGTERM; -> a function that lets those that have come be answered, at a place fit for it.
+    """Hold back SIGINT and SIGTERM inside the block; yields a function that delivers those that have come so far.
 
-    A handler that raises in the middle of concurrent.futures leaves locks taken that its threads then wait for, for
-    ever; in the middle of a fork it raises in the child. A signal mask is not enough: the main thread answers also
-    what another thread has received. (Outside the main thread there is nothing to hold: handlers do not run there.)
+    The caller calls that function where a handler may safely raise. Elsewhere it may not: raised in the middle of
+    concurrent.futures, the exception leaves locks taken, and the pool's threads wait for them for ever; raised during
+    a fork, it surfaces in the child. Blocking the signals with a mask is not enough, because the main thread also
+    handles a signal that another thread has received. Outside the main thread nothing is held: no handler runs there.
     """
     received: list[int] = []
     previous: dict[int, Any] = {}
@@ -156,7 +158,7 @@ def _start_worker(counters: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """A pool's process waits for work for ever when the process that would give it is killed."""
+    """End this process when its parent has been killed: otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a pool's process
     multiprocessing.connection.wait([parent.sentinel])

@@ -174,11 +174,12 @@ def wrap_to_pi(angle_rad: np.ndarray) -> np.ndarray:
 def _resample_joints(
     joint_ns: np.ndarray, joint_rad: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Joint positions at the ticks, with the project's sign applied, twice: for states and for absolute actions.
+    """Joint positions at the ticks, with the project's sign applied: once for states, once for absolute actions.
 
     Returns:
-        ((T, J) float64, wrapped when `wrap_angles`,
-         (T, J) float64, unwrapped along the recording's own samples, which also know the turns made inside a gap).
+        (the states, (T, J) float64, wrapped when `wrap_angles`;
+         the same path without jumps, (T, J) float64. It is unwrapped along all samples of the recording, so that it
+         also counts turns that were made while frames were dropped).
     """
     revolute = settings.revolute
 

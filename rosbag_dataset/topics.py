@@ -61,7 +61,7 @@ def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
             )
 
 
-@functools.lru_cache(maxsize=1)  # it compiles a decoder for each message type that it meets, 10 ms a bag
+@functools.lru_cache(maxsize=1)  # a new one would compile its decoders again, 10 ms a bag
 def typestore_for(ros_distro: str) -> Typestore:
     """The message definitions of a ROS 2 distribution, for example "humble": what turns CDR bytes into messages.
 

@@ -1,7 +1,7 @@
 """Random changes of training images, for a whole batch at once, on the images' device.
 
 Every sample and every camera gets changes of its own: the exposure and the mount of one camera do not move with
-another's. The amounts are drawn on the CPU from a generator of one's own, so that a resumed run draws the same ones,
+another's. The amounts are drawn on the CPU from a generator of their own, so that a resumed run draws the same ones,
 and dropout's noise is the same with augmentation and without.
 """
 
@@ -40,7 +40,8 @@ GEOMETRY = ("rotate_deg", "translate_x", "translate_y", "scale")
 def draw(strengths: Strengths, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Uniform amounts for a batch, {name: (B,) float32 on the CPU}.
 
-    The names are `strengths`' but for translate_x and translate_y; a change that is left out is not drawn.
+    The names are the fields of Strengths, except that `translate` gives translate_x and translate_y. A change whose
+    strength is 0 is not drawn.
     """
     limits = asdict(strengths)
     limits["translate_x"] = limits["translate_y"] = limits.pop("translate")

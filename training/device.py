@@ -52,7 +52,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def check_compiler(device: torch.device) -> None:
-    """torch.compile writes C++ and Triton code and needs their compilers when training starts. Raises ConfigError."""
+    """Check that the compilers are there that torch.compile needs for its C++ and Triton code. Raises ConfigError."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
         raise ConfigError(

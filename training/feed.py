@@ -86,7 +86,7 @@ def end_loader(batches: Iterator[Any]) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Loader workers leave Ctrl-C and preemption to the trainer, which needs them for one more step."""
+    """Make a loader worker ignore Ctrl-C and SIGTERM: the trainer answers them, and needs the worker one more step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -97,7 +97,7 @@ def to_tensors(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def name_samples(dataset: ChunkDataset, stream: SampleStream, first: int, count: int) -> str:
-    """Episode and frame of `count` samples from a place in the stream on, for a message; the first 16 of them."""
+    """Episode and frame of `count` samples, from place `first` of the stream on, as text; names at most 16 of them."""
     places = [dataset.locate(stream.at(first + i)) for i in range(count)]
     named = ", ".join(f"{episode} frame {frame}" for episode, frame in places[:16])
     return f"{named}{', ...' if len(places) > 16 else ''}"
@@ -141,7 +141,10 @@ class DeviceFrames:
 def frames_on_device(
     episodes: Sequence[Episode], device: torch.device, say: Callable[[str], object]
 ) -> DeviceFrames | None:
-    """The episodes' frames on a GPU, if they take at most half of its free memory; says which it is."""
+    """Copy the episodes' frames to the GPU if they take at most half of its free memory; `say` tells what was decided.
+
+    None when they do not fit, or when `device` is no GPU.
+    """
     if device.type != "cuda":
         return None
     size, free = DeviceFrames.size_bytes(episodes), torch.cuda.mem_get_info(device)[0]
@@ -157,7 +160,10 @@ def frames_on_device(
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Frames travel as uint8, a quarter of float's bytes, and without waiting when they come from pinned memory."""
+    """Copy a batch to the device; the host does not wait where the batch lies in pinned memory.
+
+    Images are still uint8 here, a quarter of the bytes that they have as float32.
+    """
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -118,7 +118,7 @@ def check_unchanged(was: dict[str, Any], now: dict[str, Any], checkpoint: Path) 
 
 
 def check_same_on_all_ranks(mine: dict[str, Any], world: World) -> None:
-    """Nodes read bags of their own, which have to be the same. Raises TrainingError, naming what differs."""
+    """Check that all nodes, which read bags of their own, have the same. Raises TrainingError, naming what differs."""
     for rank, theirs in enumerate(world.gather(mine)):
         if different := "; ".join(differences(theirs, mine)):
             raise TrainingError(
@@ -165,7 +165,7 @@ def robot_contract(
 
 
 def policy_fields(settings: Settings) -> dict[str, Any]:
-    """What LeRobot's config.json names of a policy besides the network's shape (lerobot_checkpoint.POLICY_FIELDS)."""
+    """What LeRobot's config.json says of a policy beside its network's shape: lerobot_writing.POLICY_FIELDS."""
     model, training = settings["model"], settings["training"]
     return {
         "n_action_steps": model["n_action_steps"],

@@ -1,4 +1,4 @@
-"""Weights to start from: of torchvision's ImageNet models, or of a file."""
+"""The image backbone's weights to start from: torchvision's ImageNet weights, or those in a file."""
 
 from __future__ import annotations
 

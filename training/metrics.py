@@ -36,7 +36,7 @@ def append_line(path: Path, line: str) -> None:
     """Append a line to a file, whole or, on a disk that is full, not at all.
 
     Raises:
-        OSError: it is not there; with the file's name.
+        OSError: the line was not written; the error names the file.
     """
     content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:

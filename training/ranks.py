@@ -23,7 +23,7 @@ from .errors import ConfigError, Stopped
 class World:
     """This process among those that train together; rank 0 alone logs and writes.
 
-    `several`: torchrun (or who does as it does) has started it, perhaps as the only one.
+    `several`: whether torchrun (or something that sets its variables) has started this process, even as the only one.
 
     Attributes:
         rank, local_rank, size, node, nodes: as torchrun counts them; `local_rank` is the one on this node.
@@ -99,9 +99,9 @@ class World:
         """End in good order after a stop.
 
         Args:
-            together: every rank stops here (as in training): wait for the others, because torchrun ends those that
-                are left once one has gone. If not, tell those that wait, here or on other nodes, for what this rank
-                will not do now.
+            together: True if every rank stops at this point, as in training: wait for the others, because torchrun
+                kills those that are left as soon as one has exited. False if this rank stops alone, before training:
+                tell the ranks that wait for its work, here or on other nodes, that it will not come.
         """
         with contextlib.suppress(RuntimeError):  # the store is gone with the node that held it
             if together:
@@ -119,7 +119,7 @@ class World:
             return False
 
     def leave_to_main(self) -> None:
-        """Every rank has found the same error: rank 0 reports it, and its failing ends this rank."""
+        """Call this when every rank has found the same error: rank 0 goes on and reports it, which ends the others."""
         if not self.is_main:
             time.sleep(120)
 

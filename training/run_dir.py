@@ -20,7 +20,7 @@ import lerobot_checkpoint
 from .errors import ConfigError
 from .metrics import METRICS
 
-STOP_MARKER = "stopped.json"  # what the command around torchrun, which only ever returns 1, can tell a stop by
+STOP_MARKER = "stopped.json"  # tells a stop from a failure to whoever called torchrun, which returns 1 for both
 RUN_FILES = (METRICS, "sync_report.json", "summary.json", "summary.png", "last", "best", STOP_MARKER)
 
 _output_lock: Any = None  # held until this process ends or trains elsewhere
@@ -123,7 +123,7 @@ def score_old_best(output_dir: Path, state: Mapping[str, Any]) -> None:
 
 
 def mark_stopped(output_dir: Path, exit_code: int, reason: str) -> None:
-    """Leave word of an orderly stop. A disk that has no room for it must not turn the stop into an error."""
+    """Write STOP_MARKER after an orderly stop. Raises nothing: a full disk must not turn the stop into an error."""
     with contextlib.suppress(OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
         marker = {"exit_code": exit_code, "stopped by": reason}

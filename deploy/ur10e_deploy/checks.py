@@ -137,8 +137,9 @@ def _ur_joints(names: Sequence[str]) -> list[str | None]:
 def told_action_mode(episodes: Sequence[EpisodeData], contract: RobotContract) -> tuple[str | None, str]:
     """What the recorded actions are, told from the numbers: a LeRobot dataset does not say.
 
-    An absolute action is near the next state, a delta near the way to it. Recorded commands lead the measured joints
-    a little in both, so that the nearer by a factor of five decides.
+    An absolute action is near the next state; a delta is near the difference to the next state. Neither fits exactly,
+    because recorded commands are a little ahead of the measured joints. So the one that fits better must do so by a
+    factor of five.
 
     Returns:
         ("delta", "absolute" or None when neither is, what was measured).
