@@ -155,7 +155,7 @@ def sinusoidal_positions_2d(height: int, width: int, dim: int, device: torch.dev
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, but that a CPU does not wait for its random numbers.
+    """nn.Dropout with cheaper random numbers on a CPU.
 
     torch draws a CPU's Bernoulli variables one by one on one core, a quarter of ACT's step on two. Here four elements
     share one draw of 64 bits; the probability is rounded to 1/65536.
@@ -166,6 +166,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
+        """In training, set each element of x (any shape) to 0 with probability p and divide the others by 1 - p."""
         if x.device.type != "cpu" or not self.training or self.p == 0 or torch.compiler.is_compiling():
             return F.dropout(x, self.p, self.training)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -188,16 +189,21 @@ class TransformerLayer(nn.Module):
         self.pre_norm = config.pre_norm
 
     def attend_self(self, x: Tensor, positions: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attention of the tokens to each other, without the residual; shapes as in Encoder.forward."""
         query = x + positions
         out, _ = self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)
         return self.dropout(out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """The two linear layers, applied to each token alone, without the residual: (S, B, D) -> (S, B, D)."""
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class EncoderLayer(TransformerLayer):
+    """Self-attention and feed-forward, each with a residual and a LayerNorm before (pre_norm) or after it."""
+
     def forward(self, x: Tensor, positions: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """One layer of Encoder.forward, with the same shapes."""
         if self.pre_norm:
             x = x + self.attend_self(self.norm1(x), positions, key_padding_mask)
             return x + self.feed_forward(self.norm2(x))
@@ -206,16 +212,20 @@ class EncoderLayer(TransformerLayer):
 
 
 class DecoderLayer(TransformerLayer):
+    """An encoder layer with cross-attention to the encoder's output between its two parts."""
+
     def __init__(self, config: ACTConfig):
         super().__init__(config)
         self.multihead_attn = nn.MultiheadAttention(config.dim_model, config.n_heads, dropout=config.dropout)
         self.norm3 = nn.LayerNorm(config.dim_model)
 
     def attend_memory(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
+        """Attention of x to the encoder's output `memory`, without the residual; shapes as in Decoder.forward."""
         query, key = x + positions, memory + memory_positions
         return self.dropout(self.multihead_attn(query, key, memory, need_weights=False)[0])
 
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
+        """One layer of Decoder.forward, with the same shapes."""
         if self.pre_norm:
             x = x + self.attend_self(self.norm1(x), positions)
             x = x + self.attend_memory(self.norm2(x), positions, memory, memory_positions)
@@ -226,6 +236,8 @@ class DecoderLayer(TransformerLayer):
 
 
 class Encoder(nn.Module):
+    """A stack of encoder layers. ACT has two: one reads the observation, one (the VAE's) the recorded actions."""
+
     def __init__(self, config: ACTConfig, n_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(n_layers))
@@ -233,20 +245,25 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim_model) if config.pre_norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """x (S, B, D), positions (S, 1, D), key_padding_mask (B, S), True where padded -> (S, B, D)"""
+        """Tokens x (S, B, D) -> (S, B, D); positions (S, 1, D); key_padding_mask (B, S) bool, True where padded."""
         for layer in self.layers:
             x = layer(x, positions, key_padding_mask)
         return self.norm(x)
 
 
 class Decoder(nn.Module):
+    """A stack of decoder layers, which turns the encoder's output into one token per action of the chunk."""
+
     def __init__(self, config: ACTConfig):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layers))
         self.norm = nn.LayerNorm(config.dim_model)  # always, as in DETR, whatever pre_norm says
 
     def forward(self, x: Tensor, positions: Tensor, memory: Tensor, memory_positions: Tensor) -> Tensor:
-        """x (chunk, B, D), positions (chunk, 1, D), memory (S, B, D), memory_positions (S, 1, D) -> (chunk, B, D)"""
+        """Tokens x (chunk, B, D) -> (chunk, B, D).
+
+        `memory` (S, B, D) is the encoder's output; positions are (chunk, 1, D) and memory_positions (S, 1, D).
+        """
         for layer in self.layers:
             x = layer(x, positions, memory, memory_positions)
         # The last layer's output. The authors' code took the first of a stack of seven, and so six layers never
@@ -258,7 +275,7 @@ class Decoder(nn.Module):
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, but that bfloat16 stays bfloat16, in one fused operation.
+    """torchvision's frozen batch norm, except that bfloat16 stays bfloat16, in one fused operation.
 
     torchvision multiplies by float32 buffers, which doubles the memory of every feature map and has the next
     convolution round it again. Training in float32 is left as it is: fused, it rounds differently, and a ReLU that
@@ -271,6 +288,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel of x (B, C, H, W) by the stored statistics."""
         if x.dtype == torch.float32 and self.training:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -472,7 +490,7 @@ def act_loss(
     kl_weight: float,
     l1_reduction: str = "valid",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss = l1 + kl_weight * kl of one batch on one device, and the two terms; shapes as in loss_terms.
+    """The loss l1 + kl_weight * kl of one batch on one device, and the two terms; shapes as in loss_terms.
 
     l1_reduction "valid" divides by the actions that are not padding, as LeRobot does from 0.6. "all" divides by
     all of them, as 0.3.2 and 0.4.4 do, so that samples near an episode's end count for less; it is here to

@@ -53,6 +53,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message as one line on stderr and exit with 2."""
         self.exit(2, f"error: {message}\n")
 
 

@@ -21,8 +21,11 @@ class _Measured(BaseException):
 
 
 def main() -> int:
-    """Writes {phase: seconds}: "interpreter", "import torch" (and torchvision), "other imports", "model",
-    "bags and loader" (everything else before the first step), "first step" (unless STOP is `before`)."""
+    """Run train.py to its first step and write how long each phase took, as {phase: seconds}.
+
+    The phases are "interpreter", "import torch" (and torchvision), "other imports", "model", "bags and loader"
+    (everything else before the first step), and "first step" (unless STOP is `before`).
+    """
     out, launched_s, stop, *arguments = sys.argv[1:]
     phases = {"interpreter": time.perf_counter() - float(launched_s)}
 

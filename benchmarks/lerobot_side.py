@@ -22,8 +22,11 @@ import numpy as np
 
 
 def about() -> None:
-    """Prints {"lerobot", "torch", "video_backend"}. LeRobot takes torchcodec wherever it is installed,
-    also where it does not load for want of FFmpeg's libraries; a user then asks for pyav, and so do we."""
+    """Print {"lerobot", "torch", "video_backend"}: two versions, and what decodes videos here.
+
+    LeRobot takes torchcodec wherever it is installed, even where it cannot be loaded because FFmpeg's libraries are
+    missing. A user then asks for pyav instead, and so do we.
+    """
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -81,7 +84,7 @@ def convert(job: str, out: str) -> None:
 
 
 def infer(checkpoint: str, inputs: str, outputs: str, device: str) -> None:
-    """Answer each line N on stdin with a line of JSON: milliseconds of N calls,
+    """Answer each line N on stdin with a line of JSON: the milliseconds of N calls.
 
         {"select_action": [...]}                 of normalised observations, queue emptied before each call
         {"with processors": [...]}               from raw observation to raw action: pre-processor, select_action,

@@ -44,8 +44,10 @@ def newest_checkpoint(output_dir: str | Path, on_bad: Callable[[str], None] = la
 
 
 def verify_checkpoint(checkpoint_dir: str | Path) -> None:
-    """Compare every file of a checkpoint with its manifest. Reads everything: about 0.5 s for the default model with
-    its AdamW state. Files that the manifest does not list (a file browser's, a note) are nobody's business.
+    """Compare every file of a checkpoint with its manifest.
+
+    This reads all of it: about 0.5 s for the default model with its AdamW state. Files that the manifest does not list
+    (a file browser's, a note) are nobody's business.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed; the message names the first such file.
@@ -54,7 +56,7 @@ def verify_checkpoint(checkpoint_dir: str | Path) -> None:
 
 
 def verify_folders(checkpoint: Path, folders: tuple[str, ...]) -> None:
-    """The same for some of its folders (PRETRAINED_DIR, TRAINING_DIR): to load a policy the first is enough."""
+    """Like verify_checkpoint, for some of its folders only: to load a policy, PRETRAINED_DIR is enough."""
     manifest = read_json(checkpoint / MANIFEST_FILE)
     try:
         step, listed = manifest["step"], {name: (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
@@ -130,15 +132,16 @@ def link_best(output_dir: str | Path) -> None:
 
 
 def move_into_place(temporary: Path, final: Path) -> None:
-    """Rename `temporary`, a whole checkpoint, to `final`. If there is one already, it stays whole until it has been
-    replaced, under its own name or as `final`.old.
+    """Rename `temporary`, a whole checkpoint, to `final`, replacing one that is there already.
+
+    The one that was there stays whole until it has been replaced, under its own name or as `final`.old.
 
     Raises:
         OSError: not renamed; the one that was there is in its place again.
     """
     old = final.with_name(final.name + ".old")
     if final.exists():
-        if old.exists():  # of a kill just before the last line below
+        if old.exists():  # left by a kill just before the last line below
             shutil.rmtree(old)
         os.rename(final, old)
     try:

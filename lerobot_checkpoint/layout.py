@@ -30,6 +30,8 @@ LISTED_FILES = (*(f"{PRETRAINED_DIR}/{name}" for name in PRETRAINED_FILES), TRAI
 
 
 def checkpoint_name(step: int, total_steps: int | None = None) -> str:
-    """The name of a step's checkpoint: "checkpoint_005000". A run of more than 999,999 steps has more digits in all
-    its names, so that they sort like its steps."""
+    """The name of a step's checkpoint: "checkpoint_005000".
+
+    In a run of more than 999,999 steps all names have more digits, so that they sort like the steps.
+    """
     return f"checkpoint_{step:0{max(6, len(str(total_steps or 0)))}d}"

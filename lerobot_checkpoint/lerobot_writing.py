@@ -141,13 +141,15 @@ def input_features(config: ACTConfig, image_shapes: Mapping[str, tuple[int, int]
 
 
 def output_features(config: ACTConfig) -> dict[str, dict]:
-    """The policy's output, the action, in the same form."""
+    """The policy's output, the action, as LeRobot describes it: {feature: {"type", "shape"}}."""
     return {ACTION: dict(type="ACTION", shape=[config.action_dim])}
 
 
 def processors(config: ACTConfig, image_shapes: Mapping[str, tuple[int, int]]) -> tuple[dict, dict]:
-    """The contents of policy_preprocessor.json and policy_postprocessor.json: the steps in which 0.4+ normalises what
-    goes into the network and un-normalises what comes out."""
+    """The contents of policy_preprocessor.json and policy_postprocessor.json.
+
+    They list the steps in which 0.4+ normalises what goes into the network and un-normalises what comes out.
+    """
 
     def step(name: str, config: dict, state_file: str | None = None) -> dict:
         return dict(registry_name=name, config=config, **(dict(state_file=state_file) if state_file else {}))

@@ -80,7 +80,7 @@ def save_checkpoint(
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():  # of a killed run that had this process id, as is usual in containers
+        if temporary.exists():  # left by a killed run with the same process id, as is usual in containers
             shutil.rmtree(temporary)
         for folder in (PRETRAINED_DIR, TRAINING_DIR):
             (temporary / folder).mkdir(parents=True)
@@ -125,12 +125,15 @@ class CheckpointSaver:
         **contents: Any,
     ) -> None:
         """Copy `contents` and save them while the caller goes on; then point `best` at the lowest score that is there.
+
         Waits first for a save that is still under way.
 
         Args:
-            output_dir, step, contents: the arguments of save_checkpoint.
+            output_dir: as in save_checkpoint.
+            step: as in save_checkpoint.
             keep: then prune all but so many checkpoints (see prune); None keeps all.
             on_error: "stop": the next check() or wait() raises it; "continue": a CheckpointError is only printed.
+            **contents: the other arguments of save_checkpoint.
 
         Raises:
             Exception: the error of an earlier save.

@@ -43,8 +43,11 @@ class EntryError(Exception):
 
 
 def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
-    """Names a cache entry: 24 hex digits from the bag's bytes and name, and every setting that changes stored pixels
-    or times. `content_hash` is bag.content_hash()."""
+    """The name of a bag's cache entry: 24 hex digits.
+
+    They stand for the bag's bytes (`content_hash`, from Bag.content_hash()), its name, and every setting that changes
+    stored pixels or times.
+    """
     parts = {
         "version": CACHE_VERSION,
         "name": bag.name,
@@ -167,7 +170,7 @@ def save(path: Path, content: np.ndarray | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """To the disk for good: after a power failure a file that was only written may be zeros, black frames."""
+    """Force a written file to the disk (fsync): otherwise, after a power failure, it may be all zeros: black frames."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -176,7 +179,7 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
     """Read a cache entry's times and joints (pixels stay on disk: samples.open_pixels).
 
     Raises:
-        EntryError: it is not whole. Of pixels the size alone is looked at.
+        EntryError: it is missing or not whole. Pixels are not read: only their files' sizes are compared.
     """
     try:
         meta = json.loads((entry / "meta.json").read_text())

@@ -117,8 +117,10 @@ def _decompress(message: Any, where: str) -> np.ndarray:
 
 
 def depth_to_rgb(depth_m: np.ndarray) -> np.ndarray:
-    """(H, W) float depth in metres to (H, W, 3) uint8 grey: DEPTH_M_PER_LEVEL metres per level; nan, inf and
-    negative values (no reading) are 0, and everything from 2.55 m on is 255."""
+    """Depth (H, W), floats in metres, to grey (H, W, 3) uint8 with DEPTH_M_PER_LEVEL metres per level.
+
+    nan, inf and negative values (no reading) become 0, and everything from 2.55 m on becomes 255.
+    """
     levels = np.nan_to_num(depth_m / DEPTH_M_PER_LEVEL, nan=0.0, posinf=0.0, neginf=0.0)
     return cv2.cvtColor(np.clip(np.rint(levels), 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
 

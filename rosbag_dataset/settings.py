@@ -62,8 +62,11 @@ class BagSettings:
 
     @property
     def revolute(self) -> np.ndarray:
-        """(J,) bool: which joints are angles. JointState carries no joint types, so the UR arm's own joint names
-        (with any prefix) count as revolute, and any other joint (a gripper's finger) is never wrapped."""
+        """Which joints are angles, (J,) bool.
+
+        JointState carries no joint types, so the UR arm's own joint names (with any prefix) count as revolute, and any
+        other joint (a gripper's finger) is never wrapped.
+        """
         return np.array([name.endswith(UR_JOINTS) for name in self.joint_names])
 
 

@@ -45,6 +45,7 @@ class Sqlite3Storage:
         self.connections = [SimpleNamespace(id=i, topic=t, msgtype=m, msgcount=n) for i, t, m, n in rows]
 
     def close(self) -> None:
+        """Close the file; contextlib.closing calls this when the bag's ExitStack unwinds."""
         self._db.close()
 
     def messages(self, connections: Sequence[Any]) -> Iterator[tuple[Any, int, bytes]]:
@@ -179,7 +180,7 @@ def ros2_type(name: str) -> str:
 
 
 def topics_of(readers: Sequence[Storage]) -> dict[str, tuple[set[str], int]]:
-    """topic -> (its message types, number of messages), summed over the storage files."""
+    """For each topic (its message types, number of messages), summed over the storage files."""
     topics: dict[str, tuple[set[str], int]] = {}
     for reader in readers:
         for connection in reader.connections:

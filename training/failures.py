@@ -44,8 +44,10 @@ def explain(error: Exception, world: World | None) -> str | None:
 
 
 def collective_fault(text: str) -> str:
-    """What to say of a collective that failed with `text` (torch's NCCLUtils.cpp and gloo's exceptions): mostly the
-    other end is gone, but some of NCCL's faults are at home, and the same start would fail again."""
+    """What to say of a collective that failed with the message `text`, from torch's NCCLUtils.cpp or from gloo.
+
+    Mostly another rank is gone. But some of NCCL's errors come from this machine: the same start would fail again.
+    """
     words = " ".join(text.split())
     if re.search("ncclInvalid|ncclInternal|ncclUnhandledCuda|shared memory segment|No space left", text):
         return f"NCCL fails on this machine (... {words[-200:]}); NCCL_DEBUG=WARN says more"

@@ -150,8 +150,11 @@ def _absolute(value: Any, spec: dataclasses.Field, base: Path) -> Any:
 
 
 class _RawLoader(yaml.BaseLoader):
-    """YAML with every scalar as its raw text: the schema decides the type, so that 1e-5 is a number, 001 stays the
-    text 001 where text is due, and `yes` is not silently true. A key given twice is refused, not overwritten."""
+    """YAML with every scalar as its raw text; the schema decides the type.
+
+    So 1e-5 is a number, 001 stays the text 001 where a text is expected, and `yes` is not silently true. A key that is
+    given twice is refused; it does not overwrite the first.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

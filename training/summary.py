@@ -136,6 +136,7 @@ def finish(
         train: the episodes that were trained on.
         held_out: those that training did not see: the policy is measured on these, if there are any.
         predict: raw batch (as ChunkDataset gives) -> (B, chunk, J) actions in rad.
+        chunk_size: actions that `predict` gives at once.
         action_mean: (J,) mean action of the training data, rad.
         contract: what train_config.json holds.
         trained: what was trained, in one line.

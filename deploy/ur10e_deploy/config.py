@@ -67,6 +67,7 @@ class RobotContract:
 
     @property
     def action_unit(self) -> str:
+        """The unit of the actions: "rad per frame" (delta) or "rad" (absolute)."""
         return "rad per frame" if self.action_mode == "delta" else "rad"
 
     @property
@@ -81,8 +82,10 @@ class RobotContract:
         return np.array(self.revolute) & self.wrap_angles
 
     def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
-        """(..., J) with the revolute joints in (-pi, pi] if the policy was trained so; others, and angles that already
-        lie there, stay as they are to the last bit."""
+        """Angles (..., J) as in training: the revolute joints in (-pi, pi], if training wrapped them.
+
+        Other joints, and angles that already lie in that range, are returned unchanged, bit for bit.
+        """
         outside = np.abs(angle_rad) > np.float32(np.pi)
         return np.where(outside & self._wrapped, wrap_to_pi(angle_rad), angle_rad)
 
@@ -112,8 +115,9 @@ class RobotContract:
 
 
 def has_contract(checkpoint: Path) -> bool:
-    """Whether our trainer said in this checkpoint what its robot must know. LeRobot's own trainer writes a file of the
-    same name, which says nothing about the robot.
+    """Whether our trainer wrote into this checkpoint what its robot must know.
+
+    LeRobot's own trainer writes a file of the same name, which says nothing about the robot.
 
     Raises:
         CheckpointError: there is no checkpoint.

@@ -181,7 +181,7 @@ class LeRobotDatasetSource:
         return self._features[IMAGE_PREFIX + camera]["dtype"] == "video"
 
     def _read_episodes(self) -> dict[int, dict[str, Any]]:
-        """episode index -> its row of meta/episodes, without the statistics."""
+        """Each episode's row of meta/episodes, by episode index, without the statistics."""
         meta = self.root / "meta"
         files = sorted([*meta.glob("episodes/**/*.parquet"), *meta.glob("episodes.parquet")])
         if not files:
@@ -256,6 +256,7 @@ class LeRobotDatasetSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """What was evaluated; `sha256` covers the name, the size and both ends of every file that is there."""
         files = {self._info_file, *self._episode_files}
         for row in self._episodes.values():
             files.add(self._data_file(row))
@@ -274,9 +275,11 @@ class LeRobotDatasetSource:
     # -- episodes -------------------------------------------------------------------------------------------------
 
     def episode_indices(self) -> list[int]:
+        """Numbers of all episodes that meta/episodes lists, ascending, whether their files are there or not."""
         return list(self._episodes)
 
     def episode_name(self, index: int) -> str:
+        """The name "episode_000003" of an episode. Raises SourceError when there is no such episode."""
         self._row(index)
         return f"episode_{index:06d}"
 
@@ -288,6 +291,12 @@ class LeRobotDatasetSource:
         return self._episodes[index]
 
     def episode(self, index: int) -> EpisodeData:
+        """States, actions and times of an episode, from its rows; opens its videos, but decodes no picture.
+
+        Raises:
+            SourceError: there is no such episode, a file of it is absent or damaged, or its numbers contradict
+                info.json.
+        """
         name, row = self.episode_name(index), self._row(index)
         file = self._data_file(row)
         columns = [STATE, ACTION, "timestamp", "frame_index"]
@@ -364,6 +373,12 @@ class LeRobotDatasetSource:
     # -- pixels ---------------------------------------------------------------------------------------------------
 
     def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        """Frames start <= i < stop (None: to the end) in order; videos are decoded once, from the key frame before.
+
+        Raises:
+            SourceError: at once when the episode or the range does not exist; while iterating when an image is damaged
+                or a video has no frame at that time.
+        """
         episode = self.episode(index)
         return self._frames(episode, frame_range(episode.name, len(episode.timestamp_s), start, stop))
 

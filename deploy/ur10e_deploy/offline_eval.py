@@ -57,10 +57,12 @@ class Rollout:
         self._delta = runner.contract.action_mode == "delta"
 
     def start(self, state_rad: np.ndarray) -> None:
+        """Begin anew at the recorded joint state (J,), with an empty action queue."""
         self._runner.reset()
         self.position_rad = state_rad.astype(np.float64)  # (J,), never wrapped: a path without jumps
 
     def step(self, images: Mapping[str, np.ndarray]) -> None:
+        """Ask the policy at position_rad with this frame's recorded images, and move position_rad by its answer."""
         action = self._runner.predict(self.position_rad, images)
         self.position_rad = self.position_rad + action if self._delta else action.astype(np.float64)
 
@@ -128,7 +130,10 @@ def evaluate_episode(
 
 
 def _run_stops(has_action: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """(n,) for each frame the index behind the last one that follows it without a cut and with recorded actions."""
+    """Where the run of each frame ends (exclusive), (n,) int64.
+
+    A run is frames with recorded actions and no cut between them; a frame without an action is a run of its own.
+    """
     stop = np.empty(len(has_action), np.int64)
     for t in range(len(has_action) - 1, -1, -1):
         goes_on = t + 1 < len(has_action) and has_action[t] and has_action[t + 1] and segment[t] == segment[t + 1]
@@ -228,6 +233,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def open_dataset(root: Path) -> EpisodeSource:
+    """The LeRobot dataset in `root`. Raises SourceError when it is none, or when the package av is missing."""
     try:
         from .lerobot_dataset import LeRobotDatasetSource
     except ModuleNotFoundError as error:  # av, which bags do not need
@@ -236,6 +242,14 @@ def open_dataset(root: Path) -> EpisodeSource:
 
 
 def open_bags(args: argparse.Namespace, contract: RobotContract) -> BagSource:
+    """The bags in --bags, decoded as in training.
+
+    Decoded frames go to --cache-dir, else to the training's own cache if it is on this machine, else to
+    outputs/frame-cache.
+
+    Raises:
+        SourceError: no bags there.
+    """
     training_cache = Path(contract.data_settings["cache_dir"])
     cache = args.cache_dir or (training_cache if training_cache.is_dir() else Path("outputs/frame-cache"))
     return BagSource(args.bags, contract.data_settings, cache)
@@ -245,10 +259,12 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse exits 2 and prints the usage first; bad input here is one line and 1."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message as one line on stderr and exit with 1."""
         self.exit(1, f"error: {message}; see --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     p = ArgumentParser(
         prog="python -m ur10e_deploy.offline_eval",
         description="Run a policy on recorded episodes and compare with what the recording did.",

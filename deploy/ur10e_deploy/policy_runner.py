@@ -7,8 +7,8 @@
 
 Two backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed, and ours, which needs
 no LeRobot. Versions differ in where they normalise (0.3.2 inside the policy, 0.4+ in processors around it), and a
-policy that is normalised twice or not at all gives actions all the same. So LeRobot's answer to one observation is
-compared with ours when it is loaded: by then it is known to normalise exactly once, whatever its version.
+policy that normalises twice or not at all still gives actions, wrong ones. So when LeRobot's policy is loaded, its
+answer to one observation is compared with ours: only if they agree does it normalise exactly once.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class NativeBackend:
         self._policy = policy
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Actions (1, chunk, J) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
         return self._policy.predict_chunk(observation)
 
 
@@ -128,6 +129,7 @@ class LeRobotBackend:
         self._check_against(policy, device)
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Actions (1, chunk, J) for a raw observation, through LeRobot's own normalisation."""
         return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
 
     def _check_against(self, policy: LoadedPolicy, device: torch.device) -> None:
@@ -156,8 +158,11 @@ class LeRobotBackend:
 
 @dataclass
 class Latency:
-    """Seconds that control steps took, by what they did. A cached pop takes microseconds: in one list with the
-    inferences it would make any policy look fast."""
+    """Seconds that control steps took, by what they did.
+
+    Taking an action from the queue ("cached pop") takes microseconds: in one list with the inferences it would make
+    any policy look fast.
+    """
 
     warm_up_s: list[float] = field(default_factory=list)
     inference_s: list[float] = field(default_factory=list)
@@ -190,8 +195,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class ControlStep:
-    """One control step: its action (J,) float32, the whole chunk (chunk, J) if it inferred (None: the action came from
-    the queue), and how long it took from joint state and camera images to action."""
+    """What one control step gave and how long it took.
+
+    Attributes:
+        action: (J,) float32.
+        chunk: (chunk, J) float32, all that was predicted; None when the action came from the queue.
+        seconds: from joint state and camera images to action.
+    """
 
     action: np.ndarray
     chunk: np.ndarray | None
@@ -316,10 +326,12 @@ class PolicyRunner:
         return self._infer(state, images)
 
     def latency(self) -> dict[str, Any]:
-        """Measured so far. A control step is everything from joint state and camera images to an action in host memory:
-        checks, resizing, transfer, the network, un-normalising; the device is waited for before and after. Steps that
-        inferred, steps that took an action from the queue, and the warm-up at loading are counted apart, and
-        "realtime_30hz" is decided on p99 of the steps that inferred: in mode "chunk" they are those that can be late.
+        """What was measured so far, in ms.
+
+        A control step is everything from joint state and camera images to an action in host memory: checks, resizing,
+        transfer, the network, un-normalising; the device is waited for before and after. Steps that inferred, steps
+        that took an action from the queue, and the warm-up at loading are counted apart. "realtime_30hz" is decided on
+        the p99 of the steps that inferred, because only they can be late.
         """
         return self._latency.report()
 

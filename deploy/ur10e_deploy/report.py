@@ -55,6 +55,7 @@ def _verdicts(summary: Mapping[str, Any]) -> list[tuple[bool, str]]:
 
 
 def can_draw() -> bool:
+    """Whether matplotlib is installed; without it there are no pictures, and everything else is as always."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -167,7 +168,7 @@ def _draw_joints(
 def _strips(
     thumbnails: Sequence[tuple[float, dict[str, np.ndarray]]],
 ) -> dict[str, tuple[np.ndarray, list[float], list[float]]]:
-    """camera -> (its frames side by side, the middle of each in pixels, its time in seconds)."""
+    """For each camera: (its frames side by side, the middle of each in pixels, its time in seconds)."""
     strips = {}
     for camera in thumbnails[0][1] if thumbnails else ():
         parts, centres, x = [], [], 0
@@ -184,8 +185,12 @@ def _strips(
 
 
 def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[np.ndarray]) -> None:
-    """Error per joint and per episode beside the baselines, error by position in the chunk, latency; and, after a
-    rollout, drift over time. `inference_s`: seconds of the steps that inferred, per episode."""
+    """Draw the whole evaluation on one picture.
+
+    It shows the error per joint and per episode beside the baselines, the error by position in the chunk, the latency
+    and, after a rollout, the drift over time. `inference_s` has an array for each episode: the seconds of the steps
+    that inferred.
+    """
     if not can_draw():
         return
     scale, unit = (1e3, "mrad per frame") if summary["unit"] == "rad per frame" else (1.0, "rad")

@@ -35,8 +35,10 @@ RESULT_FILE = re.compile(
 
 
 def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
-    """(N, J) the actions that keep the arm where it is: zero deltas, or the present position, on the turn that the
-    recorded action is on (the state is wrapped, the action is not)."""
+    """Actions (N, J) that keep the arm where it is: zero deltas, or its present position.
+
+    The state is wrapped and absolute actions are not, so the position is given on the turn of the recorded action.
+    """
     if contract.action_mode == "delta":
         return np.zeros_like(result.recorded)
     return (result.recorded - contract.difference(result.recorded, result.state_rad)).astype(np.float32)
@@ -188,6 +190,7 @@ def checkpoint_identity(runner: PolicyRunner) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the numbers; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("numpy", "lerobot", "pyarrow", "av", "opencv-python-headless", "ur10e-act-train"):
         try:

@@ -183,13 +183,18 @@ class BagSource:
 
     @cached_property
     def cameras(self) -> dict[str, tuple[int, int]]:
-        """Without a resize in the settings it takes decoding a bag to know; the first that was asked for will do."""
+        """Each camera's (H, W) as delivered.
+
+        Without image_resize in the settings this is known only from a decoded bag: any that was asked for already,
+        else the first one, which is decoded now.
+        """
         if self._settings.image_resize:
             return dict.fromkeys(self._settings.camera_topics, self._settings.image_resize)
         return dict((next(iter(self._loaded.values()), None) or self._load(0)).image_shape)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """What was evaluated, and with which settings it was read. `sha256` is over the bags' names and content."""
         digest = hashlib.sha256()
         for bag in self._bags:
             try:
@@ -208,12 +213,19 @@ class BagSource:
         }
 
     def episode_indices(self) -> list[int]:
+        """The numbers 0, 1, ... of all bags, in the order of their names."""
         return list(range(len(self._bags)))
 
     def episode_name(self, index: int) -> str:
+        """The bag's path below the folder. Raises SourceError when there is no such episode."""
         return self._bag(index).name
 
     def episode(self, index: int) -> EpisodeData:
+        """States, actions and times of a bag, on the time grid that training uses; decodes it if the cache lacks it.
+
+        Raises:
+            SourceError: there is no such bag, or it cannot be used.
+        """
         episode = self._load(index)
         count = len(episode.time_ns)
         action = episode.action.copy()
@@ -223,6 +235,11 @@ class BagSource:
         return EpisodeData(index, episode.name, timestamp_s, episode.state.copy(), action, segment)
 
     def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        """Frames start <= i < stop (None: to the end) in order, copied out of the cache.
+
+        Raises:
+            SourceError: there is no such bag or range, or the bag cannot be used.
+        """
         data = self.episode(index)
         episode = self._load(index)
         wanted = frame_range(episode.name, len(episode.time_ns), start, stop)
