@@ -87,8 +87,10 @@ def verify_folders(checkpoint: Path, folders: tuple[str, ...]) -> None:
 
 
 def score_of(checkpoint_dir: str | Path) -> float | None:
-    """A checkpoint's score, the lower the better; None if it has none (never validated, or written before there were
-    scores) or its manifest cannot be read."""
+    """A checkpoint's score, the lower the better.
+
+    None if it was never validated, was written before there were scores, or has a manifest that cannot be read.
+    """
     try:
         score = read_json(Path(checkpoint_dir) / MANIFEST_FILE).get(SCORE)
     except (CheckpointError, AttributeError):

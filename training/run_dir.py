@@ -115,8 +115,10 @@ def score_late(output_dir: Path, checkpoint: Path, score: float | None) -> None:
 
 
 def score_old_best(output_dir: Path, state: Mapping[str, Any]) -> None:
-    """Take over the best checkpoint of a run that began before checkpoints had scores: `best` points at it, and its
-    L1 stands in the training state."""
+    """Take over the best checkpoint of a run that began before checkpoints had scores.
+
+    `best` points at it, and its L1 stands in the training state.
+    """
     best = output_dir / "best"
     if math.isfinite(state.get("best_l1", math.inf)) and best.exists() and lerobot_checkpoint.score_of(best) is None:
         lerobot_checkpoint.set_score(best, state["best_l1"])

@@ -27,7 +27,7 @@ class StopSignal:
         self.interrupts = True
         self._first_s = 0.0
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        self._same_s = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0 if under_torchrun else 0.0}
+        self._same_s: dict[int, float] = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0 if under_torchrun else 0.0}
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def early(self) -> Stopped | None:
