@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 from tests import soak_common as soak
-from tests.test_resume import assert_same_run
-from tests.tiny import metrics
+from tests.tiny import assert_same_run, metrics
 
 
 def main() -> None:

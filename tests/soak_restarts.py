@@ -16,8 +16,7 @@ from pathlib import Path
 
 from tests import soak_common as soak
 from tests.test_ddp import ranks_of
-from tests.test_resume import assert_same_run, wait_for_step
-from tests.tiny import ROOT, arguments, torchrun
+from tests.tiny import ROOT, arguments, assert_same_run, torchrun, wait_for_step
 
 
 def main() -> None:

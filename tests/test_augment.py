@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import InterpolationMode
 
+from tests.tiny import assert_same_run, metrics, run, trainer
 from training import augment
 from training.augment import Strengths
 
@@ -111,3 +113,38 @@ def test_a_strength_of_zero_leaves_the_image_alone(images):
     for field in dataclasses.fields(Strengths):
         only = dataclasses.replace(NONE, **{field.name: getattr(SOME, field.name)})
         assert {name.split("_")[0] for name in augment.draw(only, 4, torch.Generator())} == {field.name.split("_")[0]}
+
+
+AUGMENTED = {"augmentation__enabled": "true"}
+
+
+def test_augmentation_changes_training_images_only(sample_bags: Path, tmp_path: Path):
+    """Images differ, the rest of the batch and the validation do not; the next step draws other amounts."""
+    plain, changed = (trainer(sample_bags, tmp_path / n, **s) for n, s in (("a", {}), ("b", AUGMENTED)))
+    raw = next(iter(plain.loader))
+    ours, theirs = changed.prepare(raw), plain.prepare(raw)
+    assert {n for n in ours if not torch.equal(ours[n], theirs[n])} == {"observation.images.color"}
+    again = changed.prepare(raw)
+    assert torch.equal(again["observation.images.color"], ours["observation.images.color"])
+    changed.step += 1
+    assert not torch.equal(changed.prepare(raw)["observation.images.color"], ours["observation.images.color"])
+    for each in (plain, changed):
+        each._validate()
+    ours, theirs = (metrics(tmp_path / n / "run", "val_l1_loss")[0]["val_l1_loss"] for n in "ab")
+    assert ours == theirs
+
+
+def test_augmentation_leaves_dropouts_noise_alone(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """With augmentation that changes nothing (strengths 0), the run is the run without, bit for bit."""
+    plain = run(sample_bags, tmp_path / "plain")
+    calls, original = [], augment.draw
+    monkeypatch.setattr(augment, "draw", lambda *a: (calls.append(a), torch.rand(3), original(*a))[2])
+    zero = {f"augmentation__{name}": 0 for name in augment.Strengths.__dataclass_fields__}
+    assert_same_run(run(sample_bags, tmp_path / "zero", **AUGMENTED, **zero), plain)
+    assert len(calls) == 6
+
+
+def test_changed_augmentation_on_resume_counts_and_is_said(sample_bags: Path, tmp_path: Path, capsys):
+    run(sample_bags, tmp_path, training__steps=2)
+    run(sample_bags, tmp_path, "--resume", training__steps=3, **AUGMENTED)
+    assert "with other settings: augmentation (" in capsys.readouterr().out

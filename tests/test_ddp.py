@@ -17,8 +17,7 @@ import torch
 import train
 from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoint
 from tests.azurite import free_port
-from tests.test_resume import assert_same_run, wait_for_step
-from tests.tiny import ROOT, arguments, metrics, run, run_process, torchrun
+from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
 from training.failures import collective_fault
 
 NO_VALIDATION = {"training__val_fraction": 0}

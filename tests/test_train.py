@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 import train
 from lerobot_checkpoint import load_policy
@@ -20,9 +18,7 @@ from rosbag_dataset import ChunkDataset, load_episodes
 from tests.bags import make_take, write_bag
 from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
 from train import TrainingConfig, _build_scheduler, lr_factor
-from training.feed import SampleStream
 from training.identity import VERSION
-from training.initial_weights import backbone_weights
 
 SEVEN_FILES = {
     "config.json",
@@ -168,39 +164,6 @@ def test_two_cameras_train_and_are_named_in_the_checkpoint(tmp_path: Path):
     assert set(policy.stats) >= {"observation.images.wrist", "observation.images.color"}
 
 
-# -- the output directory
-
-
-def test_an_output_directory_that_holds_a_run_is_refused(sample_bags: Path, tmp_path: Path, capsys):
-    """Neither overwritten nor continued unless asked; --overwrite replaces, --resume with nothing there starts."""
-    output = run(sample_bags, tmp_path, "--resume", training__steps=2)
-    before = (output / "metrics.jsonl").read_text()
-    assert train.main(arguments(sample_bags, tmp_path, training__steps=2)) == 1
-    error = capsys.readouterr().err
-    assert "already holds a run" in error and "--resume" in error and "--overwrite" in error
-    assert (output / "metrics.jsonl").read_text() == before
-    (output / "notes.txt").write_text("mine")
-    run(sample_bags, tmp_path, "--overwrite", training__steps=1, training__log_freq=1)
-    assert [m["step"] for m in metrics(output)] == [1]
-    assert [p.name for p in sorted(output.glob("checkpoint_*"))] == ["checkpoint_000001"]
-    assert (output / "notes.txt").read_text() == "mine", "--overwrite deletes only what a run makes"
-
-
-def test_overwrite_counts_only_on_the_first_start(sample_bags: Path, tmp_path: Path, monkeypatch):
-    """When torchrun restarts a worker it runs the same command again, which must not delete the run it restarts."""
-    output = run(sample_bags, tmp_path, training__steps=3)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run(sample_bags, tmp_path, "--overwrite", training__steps=6)
-    assert [m["step"] for m in metrics(output)] == [2, 3, 4, 6]
-
-
-def test_an_output_directory_that_cannot_be_written_is_one_line(sample_bags: Path, tmp_path: Path, capsys):
-    """A file lies where the folder should be."""
-    (tmp_path / "run").write_text("")
-    assert train.main(arguments(sample_bags, tmp_path)) == 1
-    assert "training.output_dir" in capsys.readouterr().err
-
-
 # -- mistakes, as a user sees them
 
 
@@ -243,32 +206,6 @@ def test_rank_without_torchrun_is_refused(sample_bags: Path, tmp_path: Path):
     assert "MASTER_ADDR" in line and "torchrun" in line
 
 
-def test_pretrained_weights_come_from_a_file(sample_bags: Path, tmp_path: Path):
-    """model.pretrained_backbone: PATH starts from these weights (an offline cluster cannot download them)."""
-    weights = torchvision.models.resnet18(weights=None).state_dict()
-    torch.save(weights, tmp_path / "resnet18.pth")
-    model = train.ACT(train.act_config(train.Config()))
-    cfg = train.ModelConfig(pretrained_backbone=str(tmp_path / "resnet18.pth"))
-    model.load_backbone(backbone_weights(cfg.vision_backbone, cfg.pretrained_backbone))
-    assert torch.equal(model.backbone.conv1.weight, weights["conv1.weight"])
-    run(sample_bags, tmp_path, model__pretrained_backbone=tmp_path / "resnet18.pth", training__steps=1)
-
-
-def test_weights_that_cannot_be_downloaded_say_how_to_go_on(monkeypatch):
-    """Offline: the file to fetch, the key to set, and the way without. (The download itself is torchvision's; only
-    the refusal of the network is staged here.)"""
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setenv("TORCH_HOME", "/nonexistent")
-    with pytest.raises(train.ConfigError) as error:
-        backbone_weights(train.ModelConfig().vision_backbone, True)
-    line = str(error.value)
-    assert "resnet18-f37072fd.pth" in line and "model.pretrained_backbone" in line and "false" in line
-
-
 def test_training_works_with_none_of_the_extras(sample_bags: Path, tmp_path: Path):
     """matplotlib, wandb, lerobot, pyarrow, av and azure are not imported; only the picture is missing, and said."""
     blocked = ("matplotlib", "wandb", "lerobot", "pyarrow", "av", "azure")
@@ -281,67 +218,6 @@ def test_training_works_with_none_of_the_extras(sample_bags: Path, tmp_path: Pat
         sample_bags, tmp_path / "w", launcher=(sys.executable, "-c", code), wandb__enabled="true", training__steps=2
     )
     assert "pip install wandb" in error_line(result)
-
-
-# -- Weights & Biases, the real package in offline mode
-
-
-def offline_records(folder: Path) -> list:
-    """Every record of an offline run's file: blocks of 32 KiB, each record behind 7 bytes of checksum, size, type."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.rglob("*.wandb")
-    data, position, parts, records = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # whole, or last part
-            records.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def test_wandb_logs_what_metrics_jsonl_holds(sample_bags: Path, tmp_path: Path):
-    """Offline, read back: project, name, tags, the config, the metrics against our own step, the camera views."""
-    result = run_process(
-        sample_bags, tmp_path, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}, wandb__enabled="true",
-        wandb__run_name="001", wandb__tags="[osmo, test]",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    records = offline_records(tmp_path / "run")
-    (run_record,) = [r.run for r in records if r.HasField("run")]
-    assert run_record.project == "ur10e-act-train" and run_record.display_name == "001"
-    assert list(run_record.tags) == ["osmo", "test"]
-    config = {c.key or c.nested_key[0]: json.loads(c.value_json) for c in run_record.config.update}
-    assert config["training"]["steps"] == 6 and config["conventions"]["image_resize"] == [32, 48]
-    history = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
-        for r in records
-        if r.HasField("history")
-    ]
-    logged = [h for h in history if "l1_loss" in h]
-    for ours, theirs in zip(metrics(tmp_path / "run"), logged, strict=True):
-        assert {k: theirs[k] for k in ("step", "loss", "l1_loss", "kl_loss", "lr")} == pytest.approx(
-            {k: ours[k] for k in ("step", "loss", "l1_loss", "kl_loss", "lr")}
-        )
-    assert sum("observation.images.color" in h for h in history) == 1
-    assert list((tmp_path / "run").rglob("media/images/**/*.png"))
-    assert any(r.HasField("metric") and r.metric.step_metric == "step" for r in records)
-
-
-def test_wandb_is_not_imported_when_disabled(sample_bags: Path, tmp_path: Path):
-    """Off means off: no import, no folder."""
-    code = (
-        "import sys; import train; code = train.main(sys.argv[2:]); assert 'wandb' not in sys.modules; sys.exit(code)"
-    )
-    result = run_process(sample_bags, tmp_path, launcher=(sys.executable, "-c", code), training__steps=1)
-    assert result.returncode == 0, result.stderr
-    assert not list((tmp_path / "run").glob("wandb*"))
 
 
 # -- the learning rate
@@ -382,33 +258,3 @@ def test_the_logged_learning_rate_is_the_one_used(sample_bags: Path, tmp_path: P
     output = run(sample_bags, tmp_path, training__steps=4, **cosine)
     training = TrainingConfig(steps=4, lr=1e-4, warmup_steps=2, scheduler="cosine")
     assert [m["lr"] for m in metrics(output)] == pytest.approx([1e-4 * lr_factor(s, training) for s in range(4)])
-
-
-# -- the order of samples
-
-
-def test_every_epoch_is_a_permutation_of_its_own():
-    """N samples in a row are each sample once; the next N are another order."""
-    stream = iter(SampleStream(10, 5, rank=0, world_size=1, seed=3))
-    epochs = [next(stream) + next(stream) for _ in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-@pytest.mark.parametrize("n_samples", [7, 8, 100])
-def test_ranks_share_what_one_process_would_see(n_samples: int):
-    """2 ranks x batch b see, in each step, the samples of 1 rank x batch 2b; no uneven last batch, ever."""
-    alone = iter(SampleStream(n_samples, 6, 0, 1, seed=0))
-    ranks = [iter(SampleStream(n_samples, 3, r, 2, seed=0)) for r in range(2)]
-    for _ in range(50):
-        first, second = next(ranks[0]), next(ranks[1])
-        assert [i for pair in zip(first, second, strict=True) for i in pair] == next(alone)
-
-
-def test_the_place_in_the_data_survives_another_batch_size():
-    """Starting at 12 samples gives what the unbroken stream gives after 12, whatever the batch."""
-    unbroken = iter(SampleStream(10, 4, 0, 1, seed=0))
-    for _ in range(3):
-        next(unbroken)
-    expected = next(unbroken) + next(unbroken)
-    assert next(iter(SampleStream(10, 8, 0, 1, seed=0, start=12))) == expected

@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
+
 import train
+from lerobot_checkpoint import load_policy, load_training_state
+from training import trackers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +36,7 @@ TINY = {
     "training.log_freq": 2,
     "training.save_freq": 3,
     "training.device": "cpu",
-    "training.precision": "fp32",  # on every machine; bfloat16 is in test_fast.py
+    "training.precision": "fp32",  # on every machine; bfloat16 is in test_device.py
 }
 
 
@@ -90,3 +95,45 @@ def error_line(result: subprocess.CompletedProcess) -> str:
     errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr
     return errors[0]
+
+
+def trainer(bags: Path, folder: Path, **overrides: object) -> train.Trainer:
+    """A Trainer that is ready for its first step."""
+    argv = arguments(bags, folder, **overrides)
+    cfg = train.load_config(Path(argv[1]), [a.removeprefix("--override=") for a in argv[2:]])
+    stop = train.StopSignal()
+    stop.restore()
+    ready = train.Trainer(cfg, train.detect_ddp(), stop, overwrite=True)
+    ready.loader, ready.tracker = ready.start(), trackers.NoTracker()
+    return ready
+
+
+def start(bags: Path, folder: Path, *flags: str, **overrides) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(bags, folder, flags, **overrides)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    path = output_dir / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not come this far"
+        time.sleep(0.02)
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_policy(output_dir).model.state_dict()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Final weights, optimizer state and every logged loss are equal to the last bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (load_training_state(d / "last")["optimizer"]["state"] for d in (one, other))
+    assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
+    for field in ("loss", "val_l1_loss"):
+        exact = ("step", "loss", "l1_loss", "kl_loss", "lr", "grad_norm", "val_l1_loss")
+        lines = [[{k: m[k] for k in exact if k in m} for m in metrics(d, field)] for d in (one, other)]
+        assert lines[0] == lines[1]

@@ -1,0 +1,70 @@
+"""The order of samples, and frames that live on the device: neither may change what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.tiny import assert_same_run, run, trainer
+from training import feed
+from training.feed import SampleStream
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    """N samples in a row are each sample once; the next N are another order."""
+    stream = iter(SampleStream(10, 5, rank=0, world_size=1, seed=3))
+    epochs = [next(stream) + next(stream) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("n_samples", [7, 8, 100])
+def test_ranks_share_what_one_process_would_see(n_samples: int):
+    """2 ranks x batch b see, in each step, the samples of 1 rank x batch 2b; no uneven last batch, ever."""
+    alone = iter(SampleStream(n_samples, 6, 0, 1, seed=0))
+    ranks = [iter(SampleStream(n_samples, 3, r, 2, seed=0)) for r in range(2)]
+    for _ in range(50):
+        first, second = next(ranks[0]), next(ranks[1])
+        assert [i for pair in zip(first, second, strict=True) for i in pair] == next(alone)
+
+
+def test_the_place_in_the_data_survives_another_batch_size():
+    """Starting at 12 samples gives what the unbroken stream gives after 12, whatever the batch."""
+    unbroken = iter(SampleStream(10, 4, 0, 1, seed=0))
+    for _ in range(3):
+        next(unbroken)
+    expected = next(unbroken) + next(unbroken)
+    assert next(iter(SampleStream(10, 8, 0, 1, seed=0, start=12))) == expected
+
+
+def test_frames_on_the_device_give_the_same_training(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """Staged on the CPU, where no GPU is: the loader sends indices, and every weight is the same to the last bit."""
+    usual = run(sample_bags, tmp_path / "usual")
+    sent = []
+    original = feed.to_device
+    monkeypatch.setattr(feed, "to_device", lambda batch, where: (sent.append(set(batch)), original(batch, where))[1])
+    monkeypatch.setattr(
+        train.Trainer, "_frames_on_device", lambda self: feed.DeviceFrames(self.train_episodes, self.world.device)
+    )
+    assert_same_run(run(sample_bags, tmp_path / "device"), usual)
+    assert {"image_index.color"} == {n for names in sent[:3] for n in names if "image" in n}
+
+
+@pytest.mark.parametrize(("free", "fits"), [(10**9, True), (1000, False)])
+def test_frames_stay_on_the_device_only_when_they_fit(
+    sample_bags: Path, tmp_path: Path, monkeypatch, capsys, free, fits
+):
+    """The decision, with a stand-in for the GPU's memory (no GPU here): at most half of what is free, and said."""
+    ready = trainer(sample_bags, tmp_path)
+    assert ready.frames is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(feed, "DeviceFrames", lambda *_: "frames")
+    feed.DeviceFrames.size_bytes, feed.DeviceFrames.SHARE = (lambda _: 10**6), 0.5
+    ready.world.device = torch.device("cuda", 0)
+    assert ready._frames_on_device() == ("frames" if fits else None)
+    assert ("kept" if fits else "too much to keep") in capsys.readouterr().out
+    ready.cfg.data.frames_on_device = "never"
+    assert ready._frames_on_device() is None
