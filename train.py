@@ -649,8 +649,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train ACT from ROS 2 bags. Every setting: see config.yaml.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file with what differs from the defaults")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="set one key; repeatable")
-    parser.add_argument("--resume", action="store_true", help="continue the run in training.output_dir, or start it")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in training.output_dir")
+    parser.add_argument("--resume", action="store_true", help="short for training.resume=auto: go on, or start")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run in training.output_dir; not on a restart"
+    )
     args = parser.parse_args(argv)
     stop = StopSignal()
     world = cfg = None
