@@ -16,6 +16,7 @@ Must not know: fps, segments, actions: what changes without decoding a bag again
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,14 +24,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .bags import Bag
-from .errors import DISK_FULL, SetupError
+from .errors import DISK_FULL, NO_LOCKS, SetupError
 from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
 from .reading import Recording, read_bag
 from .settings import BagSettings
@@ -88,26 +89,21 @@ def build_entry(
     cache_dir, entry = settings.cache_dir, settings.cache_dir / key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with (cache_dir / f"{key}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that is caching {bag.name}", file=sys.stderr, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                load_entry(entry, list(settings.camera_topics))
+        with _locked(cache_dir, key, bag.name):
+            fault = _fault(entry, settings)
+            if fault is None:
                 return
-            except EntryError as fault:
-                if entry.exists():
-                    print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
+            if entry.exists():
+                print(f"frame cache: {fault}; decoding {bag.name} again", file=sys.stderr, flush=True)
             building = cache_dir / f".{key}.{os.getpid()}"
             # A killed process may have had this id, as is usual in containers.
             shutil.rmtree(building, ignore_errors=True)
             try:
                 building.mkdir()
                 _write_entry(bag, building, settings, on_message)
-                shutil.rmtree(entry, ignore_errors=True)
-                os.rename(building, entry)
+                if _fault(entry, settings) is not None:  # else, without locks, another process was first
+                    shutil.rmtree(entry, ignore_errors=True)
+                    os.rename(building, entry)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     except OSError as exc:
@@ -121,15 +117,51 @@ def build_entry(
         ) from exc
 
 
-def clean_cache(cache_dir: Path) -> None:
-    """Remove half-made entries of processes that were killed: those whose lock nobody holds any more."""
-    for leftover in cache_dir.glob(".*.*"):
-        with (
-            (cache_dir / f"{leftover.name.split('.')[1]}.lock").open("w") as lock,
-            contextlib.suppress(BlockingIOError),
-        ):
+@contextlib.contextmanager
+def _locked(cache_dir: Path, key: str, bag_name: str) -> Generator[None]:
+    """While inside, no other process builds this entry; waits for one that does.
+
+    On a file system without locks it goes on and says so. Several processes may then decode the same bag, each into a
+    folder of its own; the entry of the first that is done counts.
+    """
+    with (cache_dir / f"{key}.lock").open("w") as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is caching {bag_name}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: data.cache_dir: {cache_dir}: {error.strerror}; {bag_name} may be decoded more than once",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        yield
+
+
+def clean_cache(cache_dir: Path) -> None:
+    """Remove half-made entries of processes that were killed: those whose lock nobody holds any more.
+
+    Without locks nobody can tell, and they stay.
+    """
+    for leftover in cache_dir.glob(".*.*"):
+        with (cache_dir / f"{leftover.name.split('.')[1]}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (*NO_LOCKS, errno.EAGAIN, errno.EACCES):  # the last two: somebody holds it
+                    continue
+                raise
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _reserve(file: int, size: int) -> None:
+    """A disk that is too small says so at once, not after an hour. Where space cannot be reserved, it is not."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno in (*DISK_FULL, errno.EIO):
+                raise
 
 
 def _write_entry(
@@ -142,8 +174,7 @@ def _write_entry(
         def sink(camera: str, image: np.ndarray) -> None:
             if camera not in files:
                 files[camera] = stack.enter_context((building / pixels_file(camera)).open("wb"))
-                if hasattr(os, "posix_fallocate"):  # a disk that is too small says so at once, not after an hour
-                    os.posix_fallocate(files[camera].fileno(), 0, expected[camera] * image.nbytes)
+                _reserve(files[camera].fileno(), expected[camera] * image.nbytes)
             files[camera].write(np.ascontiguousarray(image).data.cast("B"))
 
         recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
@@ -173,6 +204,15 @@ def flush(path: Path) -> None:
     """Force a written file to the disk (fsync): otherwise, after a power failure, it may be all zeros: black frames."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _fault(entry: Path, settings: BagSettings) -> EntryError | None:
+    """What is wrong with an entry, or None."""
+    try:
+        load_entry(entry, list(settings.camera_topics))
+    except EntryError as error:
+        return error
+    return None
 
 
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:

@@ -1,11 +1,13 @@
 """The errors that reach the user: one line saying where, what was found, and what to do.
 
-Knows: that the line is one line, whose fault it says it is (a bag's, or the set-up's), and how a full disk shows.
+Knows: that the line is one line, whose fault it says it is (a bag's, or the set-up's), and how a full disk
+or one without locks shows.
 Must not know: any other room.
 """
 
 import errno
 
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # the file system cannot lock, as some on networks
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # OSError.errno: disk, quota or file size limit reached
 
 

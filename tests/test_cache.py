@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -133,6 +134,58 @@ def test_two_processes_at_once_decode_once(bag_dir):
     assert [stdout.strip() for stdout, _ in out] == ["2", "2"]
     assert sorted((bag_dir.parent / "log").read_text().split("\n")[:-1]) == ["decode a", "decode b"]
     assert any("waiting for another process" in stderr for _, stderr in out)
+
+
+# -- a file system that cannot lock, or reserve space, as some on networks -----------------------------------------
+
+
+def without(number: int):
+    """A system call that the file system does not have; staged, because no such file system can be mounted here."""
+
+    def call(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_without_locks_it_is_said_and_goes_on(bag_dir, monkeypatch, capsys):
+    monkeypatch.setattr(cache.fcntl, "flock", without(errno.ENOLCK))
+    bag, changed = find_bags(bag_dir)[0], settings(bag_dir)
+    key = cache_key(bag, bag.content_hash(), changed)
+    (changed.cache_dir / f".{key}.1").mkdir(parents=True)
+    cache.clean_cache(changed.cache_dir)
+    cache.build_entry(bag, key, changed)
+    said = capsys.readouterr().err
+    assert f"{changed.cache_dir}: No locks available; {bag.name} may be decoded more than once" in said
+    assert entries(changed.cache_dir) == [f".{key}.1", key], "perhaps a process is still writing the first"
+
+
+def test_without_locks_the_first_entry_that_is_done_counts(bag_dir, monkeypatch):
+    """Another process finishes the same entry while this one decodes: its files, which may be mapped, stay."""
+    bag, changed = find_bags(bag_dir)[0], settings(bag_dir)
+    key = cache_key(bag, bag.content_hash(), changed)
+    cache.build_entry(bag, key, changed)
+    entry, aside = changed.cache_dir / key, changed.cache_dir / "aside"
+    before = (entry / "meta.json").stat().st_ino
+    entry.rename(aside)
+    original = cache.read_bag
+
+    def overtaken(*args, **options):
+        recording = original(*args, **options)
+        aside.rename(entry)
+        return recording
+
+    monkeypatch.setattr(cache.fcntl, "flock", without(errno.EOPNOTSUPP))
+    monkeypatch.setattr(cache, "read_bag", overtaken)
+    cache.build_entry(bag, key, changed)
+    assert (entry / "meta.json").stat().st_ino == before
+    assert not list(changed.cache_dir.glob(".*.*"))
+
+
+def test_space_that_cannot_be_reserved_is_not(bag_dir, monkeypatch):
+    monkeypatch.setattr(cache.os, "posix_fallocate", without(errno.EOPNOTSUPP))
+    episodes, _ = load(settings(bag_dir))
+    assert episodes
 
 
 # -- a disk that is full ------------------------------------------------------------------------------------------

@@ -58,6 +58,17 @@ def test_two_runs_in_one_output_directory_are_refused(sample_bags: Path, tmp_pat
         process.communicate()
 
 
+def test_without_locks_it_is_said_and_trains(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
+    """Some network disks have none (staged: none can be mounted here): one line, and training goes on."""
+
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    run(sample_bags, tmp_path, training__steps=1)
+    assert "No locks available; see to it that no other run uses it" in capsys.readouterr().err
+
+
 def test_no_whole_checkpoint_is_no_fresh_start(sample_bags: Path, tmp_path: Path, capsys):
     """Checkpoints that cannot be read, for example for a moment on a network disk, are not written over."""
     output = run(sample_bags, tmp_path)

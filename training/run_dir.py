@@ -11,11 +11,13 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lerobot_checkpoint
+from rosbag_dataset import NO_LOCKS
 
 from .errors import ConfigError
 from .metrics import METRICS
@@ -37,6 +39,11 @@ def lock_output(output_dir: Path) -> None:
         fcntl.lockf(_output_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(f"training.output_dir: {output_dir}: another process is training there now") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: training.output_dir: {output_dir}: {error.strerror}; see to it that no other run uses it",
+              file=sys.stderr)  # fmt: skip
 
 
 def open_output(output_dir: Path, resume: str, overwrite: bool) -> Path | None:
