@@ -61,6 +61,13 @@ def filled_in(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> t
     workflow, defaults = sections(path.read_text(encoding="utf-8"))
     values = {**defaults, **dict(cast(a) for a in assignments), **dict(a.split("=", 1) for a in strings)}
     spec = load(render(workflow, values))
+    inputs = [source for task in tasks(spec) for source in task.get("inputs", [])]
+    if any("localpath" in source.get("dataset", {}) for source in inputs) and any(t.get("files") for t in tasks(spec)):
+        # Before the folder is uploaded, the file is validated as it is written: the contents are not filled in yet.
+        raise SpecError(
+            f"{path.name}: a dataset's localpath and injected files in one workflow: OSMO refuses the files (contents: "
+            "field required, localpath: not permitted); upload the folder before, with `osmo dataset upload`"
+        )
     for task in tasks(spec):
         for file in task.get("files", []):
             local = path.parent / file.pop("localpath")
@@ -128,9 +135,10 @@ def tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 # -- what users are told to type ----------------------------------------------------------------------------------
 
-OSMO = Path(__file__).resolve().parent.parent / "osmo"
+ROOT = Path(__file__).resolve().parent.parent
+OSMO = ROOT / "osmo"
 GUIDE = OSMO / "README.md"
-GUIDES = (OSMO.parent / "README.md", GUIDE)
+GUIDES = (ROOT / "README.md", GUIDE)
 
 
 def readme_commands(*guides: Path) -> list[list[str]]:
@@ -150,11 +158,17 @@ def inline_settings(name: str) -> list[str]:
     return [word.removeprefix(f"{name}=") for span in found for word in shlex.split(span)]
 
 
-def osmo_commands() -> list[list[str]]:
-    """Those of them that call `osmo`, and those at the workflows' heads."""
-    texts = [path.read_text().replace("\\\n#", " ") for path in sorted(OSMO.glob("osmo-workflow*.yaml"))]
-    heads = [line[1:] for text in texts for line in text.splitlines() if line.startswith("#   osmo ")]
-    return [words for words in readme_commands() if words[0] == "osmo"] + [shlex.split(line) for line in heads]
+def head_commands(workflow: Path) -> list[list[str]]:
+    """The `osmo` commands in the comment at a workflow's head."""
+    lines = workflow.read_text().replace("\\\n#", " ").splitlines()
+    return [shlex.split(line[1:], comments=True) for line in lines if line.startswith("#   osmo ")]
+
+
+def osmo_commands(root: Path = ROOT) -> list[list[str]]:
+    """Those of the guides' commands that call `osmo`, and those at the workflows' heads; of another checkout, too."""
+    guides = readme_commands(root / "README.md", root / "osmo/README.md")
+    heads = [words for path in sorted(root.glob("osmo/osmo-workflow*.yaml")) for words in head_commands(path)]
+    return [words for words in guides if words[0] == "osmo"] + heads
 
 
 # -- what is accepted ---------------------------------------------------------------------------------------------

@@ -196,12 +196,10 @@ class TaskBox:
 
 
 def place_input(target: Path, source: dict[str, Any], folder: Path) -> None:
-    """Download `folder` as OSMO does this kind of input."""
+    """Download `folder` as OSMO does this kind of input. A dataset was uploaded by `osmo dataset upload NAME FOLDER`,
+    and lies in a folder named after it, below that in one named like FOLDER (see real_osmo.py)."""
     if "dataset" in source:
-        dataset = source["dataset"]
-        target = target / dataset["name"]
-        if "localpath" in dataset:
-            target = target / Path(dataset["localpath"]).name
+        target = target / source["dataset"]["name"] / folder.name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, target, symlinks=False, dirs_exist_ok=True)
 
@@ -218,8 +216,7 @@ def upload(folder: Path, target: Path) -> None:
 
 
 def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: int) -> Path:
-    """The first frames of some recorded episodes as a LeRobot v3 dataset, by real LeRobot 0.4.4, in a folder below the
-    one returned: as `osmo dataset upload` keeps it."""
+    """The first frames of some recorded episodes as a LeRobot v3 dataset, by real LeRobot 0.4.4; -> its folder."""
     recorded, _ = load_episodes(settings(bags, folder / "cache"), workers=1, progress=False)
     arrays: dict[str, np.ndarray] = {}
     for number, episode in enumerate(recorded[:episodes]):
@@ -227,7 +224,7 @@ def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: in
         arrays[f"state_{number}"], arrays[f"action_{number}"] = episode.state[kept], episode.action[kept]
         arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][kept]]
     np.savez(folder / "episodes.npz", **arrays)
-    target = folder / "datasets" / "my-lerobot-dataset"
+    target = folder / "my-lerobot-dataset"
     script = ROOT / "tests/lerobot_044/osmo_dataset.py"
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(
@@ -237,4 +234,4 @@ def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: in
     assert done.returncode == 0, done.stderr
     for path in target.rglob("*"):  # OSMO downloads files that every user may read; LeRobot's videos are not such
         path.chmod(path.stat().st_mode | 0o444)
-    return target.parent
+    return target

@@ -245,7 +245,8 @@ def test_the_evaluation_image_evaluates(
     output.chmod(0o777)
     spec = submit(WORKFLOWS / "osmo-workflow-train-eval.yaml", "eval_device=cpu", "eval_args=--backend lerobot")
     task = place(spec)["eval-act"]
-    mounts = {trained: "/osmo/data/input/0:ro", dataset: "/osmo/data/input/1:ro", output: "/osmo/data/output"}
+    uploaded = f"/osmo/data/input/1/ur10e-eval-dataset/{dataset.name}"  # as OSMO lays a dataset out
+    mounts = {trained: "/osmo/data/input/0:ro", dataset: f"{uploaded}:ro", output: "/osmo/data/output"}
     code, printed = store.run(evaluation_image, task["command"] + task["args"], mounts, **task["environment"])
     assert code == 0, printed
     assert {"episode_000.parquet", "episode_001.parquet", "all_episodes.parquet"} <= {p.name for p in output.iterdir()}

@@ -286,12 +286,12 @@ def test_wandb_offline(sample_bags: Path, nothing: Path, tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three of the sample episodes as a LeRobot v3 dataset, in a folder as `osmo dataset upload` keeps it."""
+    """Three of the sample episodes as a LeRobot v3 dataset."""
 
     def make(folder: Path) -> None:
         write_evaluation_dataset(sample_bags, folder, episodes=3, frames=20)
 
-    return once(tmp_path_factory, "osmo-evaluation", make) / "datasets"
+    return once(tmp_path_factory, "osmo-evaluation", make) / "my-lerobot-dataset"
 
 
 def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: str) -> TaskBox:

@@ -24,6 +24,7 @@ from tests.osmo_spec import (
     VERSIONS,
     SpecError,
     check,
+    head_commands,
     inline_settings,
     load,
     osmo_commands,
@@ -39,6 +40,7 @@ from tests.tiny import ROOT
 OSMO = ROOT / "osmo"
 WORKFLOWS = sorted(OSMO.glob("osmo-workflow*.yaml"))
 STORAGE = "storage_url=azure://account/container/prefix"
+BAGS = "../rosbag-to-lerobot/local_bags"  # where the documents have the recordings
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem.removeprefix("osmo-workflow"))
 
 
@@ -163,6 +165,21 @@ def test_the_model_refuses_workflows(damage):
     damage(spec["workflow"])
     with pytest.raises(SpecError):
         check(spec, "6.3.1")
+
+
+def test_the_model_refuses_a_localpath_beside_injected_files(tmp_path: Path):
+    """As these workflows once were, and as OSMO 6.2.8 and 6.3.1 refuse it; each of the two alone is accepted."""
+    shutil.copytree(OSMO, tmp_path / "osmo")
+    path = tmp_path / "osmo/osmo-workflow.yaml"
+    name = "        name: ur10e-rosbags\n"
+    path.write_text(path.read_text().replace(name, f'{name}        localpath: "../bags"\n'))
+    with pytest.raises(SpecError, match="localpath and injected files in one workflow.*contents: field required"):
+        submit(path)
+    check(submit(path, "modules=", STORAGE), "6.3.1")
+    path.write_text(re.sub(r"    files:\n(    .*\n)+", "", path.read_text()))
+    (task,) = tasks(submit(path))
+    assert task["inputs"] == [{"dataset": {"name": "ur10e-rosbags", "localpath": "../bags"}}] and "files" not in task
+    check(submit(path), "6.3.1")
 
 
 @pytest.mark.parametrize("text", ["{{ typo }}", "{% if typo %}{% endif %}", "{{ steps.typo }}", "{{ output }}"])
@@ -352,14 +369,29 @@ def test_the_regex_keeps_half_written_checkpoints_out():
 # -- each variant -------------------------------------------------------------------------------------------------
 
 
-def test_base_reads_local_bags_beside_the_repository():
+def test_base_reads_the_recordings_as_a_dataset():
     task = tasks(submit(OSMO / "osmo-workflow.yaml"))[0]
-    (bags,) = task["inputs"]
-    assert (OSMO / bags["dataset"]["localpath"]).resolve() == ROOT.parent / "rosbag-to-lerobot" / "local_bags"
+    assert task["inputs"] == [{"dataset": {"name": "ur10e-rosbags"}}]
     assert task["outputs"] == [{"dataset": {"name": "ur10e-act-checkpoint"}}]
     assert task["name"] == "train-act" and task["image"].startswith("ur10e-act-train")
-    again = tasks(submit(OSMO / "osmo-workflow.yaml", "bags="))[0]
-    assert again["inputs"] == [{"dataset": {"name": "ur10e-rosbags"}}]
+
+
+@each_workflow
+def test_its_head_uploads_every_dataset_before_it_submits(path: Path):
+    """The recordings from the folder that the documents name, beside the repository."""
+    made = {s["dataset"]["name"] for t in tasks(submit(path)) for s in t.get("inputs", []) if "dataset" in s}
+    commands = [words for words in head_commands(path) if words[1:2] != ["credential"]]
+    uploads, submits = [w for w in commands if w[1:3] == ["dataset", "upload"]], ["workflow", "submit"]
+    assert {words[3] for words in uploads} == made and commands[-1][1:3] == submits
+    assert all(words[4:] == [BAGS] for words in uploads if words[3] == "ur10e-rosbags")
+
+
+def test_the_guides_upload_the_recordings_before_they_submit():
+    """In both guides, and from the same folder."""
+    for guide in GUIDES:
+        commands = [words for words in readme_commands(guide) if words[0] == "osmo"]
+        upload = commands.index(["osmo", "dataset", "upload", "ur10e-rosbags", BAGS])
+        assert upload < min(i for i, words in enumerate(commands) if words[1:3] == ["workflow", "submit"])
 
 
 def test_a_storage_url_makes_it_resumable():
