@@ -303,6 +303,13 @@ def test_every_variant_runs_the_base_command(path: Path, storage: tuple[str, ...
         assert found == base, path.name
 
 
+@each_workflow
+def test_what_is_no_fault_of_the_run_is_rescheduled(path: Path):
+    """Stopped after saving (75), its node lost or drained (3001), evicted (3004), preempted (3006)."""
+    for task in tasks(submit(path)):
+        assert task["exitActions"] == {"RESCHEDULE": "75,3001,3004,3006"}, task["name"]
+
+
 def test_default_values_are_the_same():
     defaults = {path.name: sections(path.read_text())[1] for path in WORKFLOWS}
     for name in set.union(*map(set, defaults.values())):
