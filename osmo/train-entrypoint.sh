@@ -37,6 +37,13 @@ while (($#)); do
   shift
 done
 (($#)) || die "no command to train with; expected for example: python /workspace/train.py --config=FILE"
+for word in "$@"; do # found wrong only after training, the run would be lost: OSMO takes it from these folders
+  case ${word#--override=} in
+    training.output_dir=* | data.bag_dir=* | data.cache_dir=*)
+      die "overrides: ${word#--override=}: this setting is fixed on OSMO, where the run goes to $run_dir and the" \
+        "recordings are in $bags_dir; leave it out" ;;
+  esac
+done
 
 # From here on SIGTERM and SIGINT mean: save, and end with 75.
 asked='' sent='' child='' log=''

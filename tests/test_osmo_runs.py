@@ -180,6 +180,12 @@ def test_a_restart_in_place_goes_on_from_its_own_checkpoints(
 REFUSALS = {
     "a setting that does not exist": ({"training__stepz": 3}, "unknown key training.stepz"),
     "a GPU that is not there": ({"training__device": "cuda"}, "training.device: cuda is not available"),
+    "another output directory": (
+        {"training__output_dir": "/output/mine"},
+        "training.output_dir=/output/mine: this sett",
+    ),
+    "other recordings": ({"data__bag_dir": "/data/mine"}, "data.bag_dir=/data/mine: this setting is fixed on OSMO"),
+    "another cache": ({"data__cache_dir": "/data/mine"}, "data.cache_dir=/data/mine: this setting is fixed on OSMO"),
 }
 
 
