@@ -109,7 +109,7 @@ def test_versus_lerobot(tmp_path: Path, sample_bags: Path, monkeypatch: pytest.M
     """Against the real LeRobot 0.4.4: all stages; and its dataset holds exactly the samples that we train on."""
     if not launch.PYTHON.exists():
         pytest.fail(f"no LeRobot 0.4.4 at {launch.PYTHON}: `make test` creates it", pytrace=False)
-    monkeypatch.setattr(train, "has_fast_bf16", lambda device: False)  # one run of ours less; it is the same code
+    monkeypatch.setattr(versus_lerobot, "has_fast_bf16", lambda device: False)  # one run of ours less
     command = [
         f"--lerobot-python={launch.PYTHON}",
         *arguments(tmp_path, f"--bags={sample_bags}", "--lerobot-workers=0"),
