@@ -289,6 +289,7 @@ class Trainer:
         self.settings = dataclasses.asdict(cfg)
         self.say = print if world.is_main else (lambda *values, **options: None)
         self.precision = world.share(device.choose_precision(cfg.training.precision, world.device))  # one for all nodes
+        self.rounding = identity.rounding_conditions(self.settings, world.device, world.size, self.precision)
         self.output_dir = Path(cfg.training.output_dir)
         self.metrics = self.output_dir / metrics.METRICS
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
@@ -379,7 +380,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "fingerprint": self.fingerprint,
-            "environment": self._rounding_conditions(),
+            "environment": self.rounding,
         }
 
     def _resume(self, checkpoint: Path) -> None:
@@ -402,7 +403,7 @@ class Trainer:
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
             self._apply_learning_settings()
         self.say(f"resuming from {checkpoint} at step {self.step}")
-        if changed := identity.differences(state["environment"], self._rounding_conditions()):
+        if changed := identity.differences(state["environment"], self.rounding):
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
 
     def _apply_learning_settings(self) -> None:
@@ -413,9 +414,6 @@ class Trainer:
             group["initial_lr"], group["weight_decay"] = lr, training.weight_decay
             group["lr"] = lr * lr_factor(self.step, training)
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def _rounding_conditions(self) -> dict[str, Any]:
-        return identity.rounding_conditions(self.settings, self.world.device, self.world.size, self.precision)
 
     # The loop.
 
