@@ -470,9 +470,11 @@ class Trainer:
             self._loop(batches)
             exit_code = 0
         finally:
-            feed.end_loader(batches)
             self.bar.close()
-            self.tracker.finish(exit_code=exit_code)
+            try:
+                self.tracker.finish(exit_code=exit_code)
+            finally:
+                feed.end_loader(batches)
         world.barrier()
         world.close()  # the others need not wait for the summary
         if world.is_main:

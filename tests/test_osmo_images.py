@@ -87,7 +87,9 @@ class Store:
 
     def __init__(self, folder: Path, torch: Path) -> None:
         self.folder, self.torch = folder, torch
-        self._options = ["--root", folder / "root", "--runroot", folder / "runroot", "--storage-driver", "overlay"]
+        # Podman refuses a runroot of more than 50 characters, and a checkout may lie deep.
+        self.runroot = Path(tempfile.mkdtemp(prefix="images-", dir="/tmp"))
+        self._options = ["--root", folder / "root", "--runroot", self.runroot, "--storage-driver", "overlay"]
 
     def buildah(self, *words: str | Path, timeout_s: int = 600) -> str:
         return sh("buildah", *self._options, *words, timeout_s=timeout_s)
@@ -168,6 +170,7 @@ def store() -> Iterator[Store]:
     finally:
         subprocess.run(["umount", "--recursive", "--quiet", str(folder / "root/overlay")], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(made.runroot, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -80,9 +80,11 @@ def end_loader(batches: Iterator[Any]) -> None:
     its exit Python sends them just that and waits. A traceback that names the iterator keeps it from being collected.
     """
     if isinstance(batches, _MultiProcessingDataLoaderIter):
-        batches._shutdown_workers()  # torch has no public way
-        for process in batches._workers:  # those that were busy for longer than torch waits
-            process.kill()
+        try:
+            batches._shutdown_workers()  # torch has no public way
+        finally:  # it raises when it meets a worker that was killed
+            for process in batches._workers:  # and leaves those that are busy for longer than it waits
+                process.kill()
 
 
 def ignore_signals(worker: int) -> None:
