@@ -9,6 +9,7 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 DEMO_EPISODES ?= 40
+DEMO_EVAL := --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval --mode every-step
 TESTS ?= tests
 
 .PHONY: demo test system-tools lint constraints clean
@@ -21,9 +22,8 @@ demo: .venv/installed-trainer
 	@echo "   python train.py --config sim/demo.yaml --overwrite"
 	@$(PY) train.py --config sim/demo.yaml --overwrite
 	@echo "== 3/3 what the policy would do on the held-out episodes"
-	@echo "   python -m ur10e_deploy.offline_eval --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval"
-	@$(PY) -m ur10e_deploy.offline_eval --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval \
-		--mode every-step
+	@echo "   python -m ur10e_deploy.offline_eval $(DEMO_EVAL)"
+	@$(PY) -m ur10e_deploy.offline_eval $(DEMO_EVAL)
 
 # A part of them: make test TESTS=tests/test_train.py; without the containers, which take a third of the time:
 # make test TESTS="tests --ignore=tests/test_osmo_images.py"
