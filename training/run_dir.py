@@ -78,7 +78,8 @@ def open_output(output_dir: Path, resume: str, overwrite: bool) -> Path | None:
         for path in [*lerobot_checkpoint.list_checkpoints(output_dir), *(output_dir / name for name in RUN_FILES)]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return None
-    lerobot_checkpoint.link_best(output_dir)  # a kill may have come between the two links
+    if resume != "never" or restarted:  # a run that is refused below is not touched
+        lerobot_checkpoint.link_best(output_dir)  # a kill may have come between the two links
     if resume == "auto" or restarted:
         passed_over: list[str] = []
         newest = lerobot_checkpoint.newest_checkpoint(output_dir, on_bad=passed_over.append)
