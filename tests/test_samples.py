@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,3 +96,20 @@ def test_episode_shorter_than_a_chunk(tmp_path):
     assert batch["action"].shape == (frames - 1, 100, 6)
     np.testing.assert_array_equal(batch["action"][0, : frames - 1], episode.action[:-1])
     assert batch["observation.images.color"][:, 0, 0, 0].tolist() == list(range(frames - 1))
+
+
+def test_pixels_are_read_without_mapping_them(tmp_path):
+    """No page of a file is mapped, whatever was read of it; descriptors end with the dataset; a file that is cut short
+    under a running training is an error that names it, not a signal that kills."""
+    episode = with_pixels(sync(make_take(seconds=2.0)), tmp_path / "entry")
+    samples = ChunkDataset([episode], chunk_size=4)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    batch = samples.__getitems__(range(len(samples)))
+    assert batch["observation.images.color"].max() > 0
+    assert "color.rgb" not in Path("/proc/self/maps").read_text()
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+    os.truncate(tmp_path / "entry/color.rgb", 100)
+    with pytest.raises(OSError, match=r"cut short; remove this folder, it is decoded again: '.*color.rgb'"):
+        samples.__getitems__(range(len(samples)))
+    del samples
+    assert len(os.listdir("/proc/self/fd")) == descriptors
