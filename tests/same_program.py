@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.tiny import ROOT
 
-SPEEDS = {"samples_per_s", "data_wait_fraction"}  # of metrics.jsonl: what no two runs share
+SPEEDS = {"samples_per_s", "samples_per_s_wall", "data_wait_fraction"}  # of metrics.jsonl: what no two runs share
 STEPS, HALF = 20, 10
 
 

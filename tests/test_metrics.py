@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from tests.tiny import ROOT, arguments, run
-from training.metrics import read_metrics
+from training.metrics import Pace, read_metrics
 
 FULL_DISK = """
 import resource, sys
@@ -55,3 +55,19 @@ def test_a_torn_line_of_metrics_is_passed_over(tmp_path: Path):
     )
     training, validation = read_metrics(tmp_path / "metrics.jsonl")
     assert training == [{"step": 1, "loss": 2.0}] and validation == [{"step": 2, "val_l1_loss": 3.0}]
+
+
+def test_the_wall_clock_counts_saving_and_validation(monkeypatch):
+    """Ten steps in 2 s of training, 1 s of it waiting for data, and 3 s of saving: 5 steps a second, 2 by the clock."""
+    now_s = [0.0]
+    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: now_s[0])
+    pace = Pace()
+    with pace.waiting():
+        now_s[0] += 1
+    now_s[0] += 1
+    with pace.paused():
+        now_s[0] += 3
+    assert pace.read(10) == (5.0, 2.0, 0.5)
+    pace.restart(10)
+    now_s[0] += 1
+    assert pace.read(14) == (4.0, 4.0, 0.0)

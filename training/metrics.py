@@ -83,7 +83,7 @@ class Pace:
 
     def restart(self, step: int) -> None:
         """Measure from here on, after `step` steps."""
-        self._waited_s, self._since_s, self._since_step = 0.0, time.perf_counter(), step
+        self._waited_s, self._paused_s, self._since_s, self._since_step = 0.0, 0.0, time.perf_counter(), step
 
     @contextlib.contextmanager
     def waiting(self) -> Generator[None]:
@@ -94,12 +94,13 @@ class Pace:
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
-        """Time inside does not count: neither validation nor saving is training speed."""
+        """Time inside counts for the wall clock alone: neither validation nor saving is training speed."""
         before_s = time.perf_counter()
         yield
-        self._since_s += time.perf_counter() - before_s
+        self._paused_s += time.perf_counter() - before_s
 
-    def read(self, step: int) -> tuple[float, float]:
-        """-> (steps per second up to `step`, share of the time spent waiting for data)."""
-        elapsed_s = time.perf_counter() - self._since_s
-        return (step - self._since_step) / elapsed_s, self._waited_s / elapsed_s
+    def read(self, step: int) -> tuple[float, float, float]:
+        """-> (steps per second of training up to `step`, of the wall clock, share of training that waited for data)."""
+        wall_s, steps = time.perf_counter() - self._since_s, step - self._since_step
+        training_s = wall_s - self._paused_s
+        return steps / training_s, steps / wall_s, self._waited_s / training_s
