@@ -32,10 +32,11 @@ slower on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -437,6 +438,24 @@ class ACT(nn.Module):
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The backbone's parameters: LeRobot's second optimizer group, with a learning rate of its own."""
         return list(self.backbone.parameters())
+
+
+@contextlib.contextmanager
+def full_float32() -> Generator[None]:
+    """Inside, NVIDIA GPUs compute float32 products in float32 and not in TF32; elsewhere nothing changes.
+
+    For validation and for the robot, so that one number is behind a policy wherever it runs.
+    """
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled, benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic, allow_tf32=False,
+        ):  # fmt: skip
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

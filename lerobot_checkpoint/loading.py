@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act_model import ACT, ACTConfig, describe_mismatch
+from act_model import ACT, ACTConfig, describe_mismatch, full_float32
 
 from .directory import newest_checkpoint, verify_folders
 from .errors import CheckpointError
@@ -62,7 +62,8 @@ class LoadedPolicy:
         Raises:
             KeyError, ValueError: as Normalizer.normalize.
         """
-        actions, _ = self.model(self.normalizer.normalize(observation))
+        with full_float32():
+            actions, _ = self.model(self.normalizer.normalize(observation))
         return self.normalizer.unnormalize_action(actions)
 
 

@@ -51,6 +51,25 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
+def allow_tf32() -> None:
+    """Let NVIDIA's tensor cores round the factors of float32 products to TF32, 10 bits of mantissa, in training.
+
+    For what bfloat16 autocast leaves in float32, and for training.precision fp32: torch's own default is TF32 in
+    convolutions and not in matrix products. Validation and the robot compute in full float32 (act_model.full_float32).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def describe(device: torch.device, precision: torch.dtype, compiled: bool) -> str:
+    """Where and how the network computes, for people."""
+    how = ""
+    if device.type == "cuda" and precision == torch.float32:
+        how = " (products in TF32)"
+    if precision == torch.bfloat16 and not has_fast_bf16(device):
+        how = " (it has no bfloat16 instructions; training.precision fp32 would be faster)"
+    return f"{device} in {str(precision).removeprefix('torch.')}{how}{', compiled,' if compiled else ''}"
+
+
 def check_compiler(device: torch.device) -> None:
     """Check that the compilers are there that torch.compile needs for its C++ and Triton code. Raises ConfigError."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

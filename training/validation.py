@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from act_model import ACT, loss_terms
+from act_model import ACT, full_float32, loss_terms
 from lerobot_checkpoint import Normalizer
 from rosbag_dataset import ChunkDataset
 
@@ -31,7 +31,7 @@ def score(
     mine = [i * len(held_out) // wanted for i in range(wanted)][world.rank :: world.size]
     sums = torch.zeros(2, device=world.device)
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), full_float32():
         for first in range(0, len(mine), batch_size):
             raw = to_tensors(held_out.__getitems__(mine[first : first + batch_size]))
             batch = to_model(to_device(raw, world.device), normalizer)
@@ -46,5 +46,6 @@ def score(
 def predict(model: ACT, normalizer: Normalizer, device: torch.device, batch: dict[str, Any]) -> torch.Tensor:
     """A raw batch, as ChunkDataset gives it -> (B, chunk, J) actions in the robot's units; the model stays in eval."""
     model.eval()
-    actions, _ = model.forward(to_model(to_device(to_tensors(batch), device), normalizer))
+    with full_float32():
+        actions, _ = model.forward(to_model(to_device(to_tensors(batch), device), normalizer))
     return normalizer.unnormalize_action(actions)
