@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -45,9 +46,9 @@ from rosbag_dataset import (
     ChunkDataset,
     compute_stats,
     load_episodes,
+    refer_angles,
     resize_notes,
     settings_from,
-    split_episodes,
 )
 from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
 from training.checks import check_settings
@@ -86,7 +87,7 @@ class DataConfig:
 class ConventionsConfig:
     joint_sign: list[float] = setting([1.0] * 6, "factor of +1 or -1 per joint")
     apply_joint_sign: bool = setting(False, "multiply joint positions by joint_sign")
-    wrap_angles: bool = setting(True, "wrap revolute joints to (-pi, pi], and their deltas across the seam")
+    wrap_angles: bool = setting(True, "one angle for one pose: wrap revolute joints around their training data")
     image_resize: list[int] | None = setting(None, "[height, width] of the frames, pixels; null keeps the camera's")
     action_mode: str = setting("delta", "what the policy predicts per frame, rad", choices=("delta", "absolute"))
 
@@ -141,7 +142,7 @@ class TrainingConfig:
     grad_clip_norm: float = setting(10.0, "largest gradient norm", low=1e-12)
     scheduler: str = setting("none", "learning rate over the steps", choices=("none", "cosine"))
     warmup_steps: int = setting(500, "steps of linear warm-up (scheduler: cosine)", low=0)
-    min_lr: float = setting(1e-7, "learning rate at the last step (scheduler: cosine)", low=0.0)
+    min_lr: float = setting(1e-7, "learning rate of both groups at the last step (scheduler: cosine)", low=0.0)
     seed: int = setting(42, "of weights, sample order, dropout and the held-out episodes", low=0)
     num_workers: int = setting(2, "data loader processes per GPU; 0 loads in the training process", low=0)
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", low=1)
@@ -230,23 +231,25 @@ def join_ddp(world: World, wanted: str) -> None:
 # -- learning rate ------------------------------------------------------------------------------------------------
 
 
-def lr_factor(step: int, training: TrainingConfig) -> float:
-    """What multiplies both groups' peak learning rates in (0-based) step `step`.
+def lr_factor(step: int, training: TrainingConfig, peak_lr: float) -> float:
+    """What multiplies a group's peak learning rate in (0-based) step `step`.
 
-    cosine: a line from 1/warmup_steps to 1 over the warm-up, then half a cosine from 1 down to min_lr/lr, reached in
-    the last step (SGDR, Loshchilov & Hutter 2017, eq. 5, one cycle).
+    cosine: a line from 1/warmup_steps to 1 over the warm-up, then half a cosine from 1 down to min_lr/peak_lr, reached
+    in the last step (SGDR, Loshchilov & Hutter 2017, eq. 5, one cycle). A group whose peak is below min_lr stays there.
     """
     if training.scheduler == "none":
         return 1.0
     if step < training.warmup_steps:
         return (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - 1 - training.warmup_steps)
-    floor = training.min_lr / training.lr
+    floor = min(1.0, training.min_lr / peak_lr) if peak_lr else 1.0
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, training))
+    peaks = (training.lr, training.lr_backbone)
+    factors: list[Any] = [functools.partial(lr_factor, training=training, peak_lr=peak) for peak in peaks]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
 # -- Weights & Biases ---------------------------------------------------------------------------------------------
@@ -294,6 +297,7 @@ class Trainer:
         self.metrics = self.output_dir / metrics.METRICS
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
+        device.allow_tf32()
         # What can be refused at once is, before an hour of decoding.
         if cfg.wandb.enabled and world.is_main:
             trackers.import_wandb()
@@ -301,7 +305,8 @@ class Trainer:
             device.check_compiler(world.device)
         model = cfg.model
         weights = None if resume_from else backbone_weights(model.vision_backbone, model.pretrained_backbone)
-        self._prepare_data()
+        state = lerobot_checkpoint.load_training_state(resume_from) if world.is_main and resume_from else None
+        self._prepare_data(was=world.share(state and state["fingerprint"]))
         self._build_model(weights)
         self.tracker_id: str | None = None
         self.validation_due: Path | None = None  # a checkpoint made by a stop that left no time to validate
@@ -309,7 +314,7 @@ class Trainer:
         # loss, L1, KL, gradient norm summed since the last line of metrics.jsonl, and the number of steps
         self.window = torch.zeros(5, device=world.device)
         if resume_from is not None:
-            self._resume(resume_from)
+            self._resume(resume_from, state)
         if world.is_main:
             metrics.cut_metrics(self.metrics, self.step)
         self.saver = CheckpointSaver()
@@ -317,21 +322,25 @@ class Trainer:
 
     # Data.
 
-    def _prepare_data(self) -> None:
-        """Bags to episodes (decoded once per node), training and held-out samples, statistics, the sync report."""
+    def _prepare_data(self, was: dict[str, Any] | None) -> None:
+        """Bags to episodes (once per node), samples, statistics; split as in `was`, a resumed run's fingerprint."""
         cfg, world, bags = self.cfg, self.world, bag_settings(self.cfg)
         self.say(f"reading bags in {bags.bag_dir}", flush=True)
         load = functools.partial(load_episodes, bags, progress=world.local_rank == 0)
         self.episodes, self.skipped = world.first_on_each_node(load, "decoding bags")
-        split = split_episodes(self.episodes, cfg.training.val_fraction, cfg.training.seed)
+        split = identity.split(self.episodes, cfg.training.val_fraction, cfg.training.seed, was)
         self.train_episodes, self.held_out = split
+        reference_rad = identity.angle_reference(self.train_episodes, bags, was)
+        for episode in self.episodes:
+            refer_angles(episode, np.array(reference_rad), bags)
         self.stats, floored = compute_stats(self.train_episodes, cfg.data.image_stats, cfg.conventions.action_mode)
         self.frames = self._frames_on_device()
         self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
-        self.fingerprint = identity.fingerprint(self.settings, act_config(cfg), cfg.cameras, *split)
+        self.fingerprint = identity.fingerprint(self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
         # Once, at the start: it hashes the code that runs.
-        self.contract = identity.robot_contract(self.settings, cfg.cameras, bags.revolute.tolist(), *split)
+        joints = {"revolute": bags.revolute.tolist(), "angle_reference_rad": reference_rad}
+        self.contract = identity.robot_contract(self.settings, cfg.cameras, joints, *split)
         identity.check_same_on_all_ranks(self.fingerprint, world)
         if world.is_main:
             summary.report_sync(self.output_dir, self.episodes, self.skipped, self.held_out)
@@ -383,12 +392,10 @@ class Trainer:
             "environment": self.rounding,
         }
 
-    def _resume(self, checkpoint: Path) -> None:
-        """Take up where a checkpoint stopped. Rank 0 reads it and shares it: other nodes need not have the disk."""
-        state = None
+    def _resume(self, checkpoint: Path, state: Any) -> None:
+        """Take up where a checkpoint stopped. Rank 0 has read its state and shares it: not all nodes have the disk."""
         if self.world.is_main:
-            state = lerobot_checkpoint.load_training_state(checkpoint)
-            identity.check_unchanged(state["fingerprint"], self.fingerprint, checkpoint)
+            identity.check_unchanged(state["fingerprint"], self.fingerprint, self.episodes, checkpoint)
             state["model"] = lerobot_checkpoint.load_policy(checkpoint).model.state_dict()
             run_dir.score_old_best(self.output_dir, state)
         state = self.world.share(state)
@@ -410,9 +417,9 @@ class Trainer:
         """The config's learning rates and weight decay over those that the optimizer's state brought along."""
         training = self.cfg.training
         self.scheduler.base_lrs = [training.lr, training.lr_backbone]
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+        for group, lr in zip(self.optimizer.param_groups, (training.lr, training.lr_backbone), strict=True):
             group["initial_lr"], group["weight_decay"] = lr, training.weight_decay
-            group["lr"] = lr * lr_factor(self.step, training)
+            group["lr"] = lr * lr_factor(self.step, training, lr)
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # The loop.
@@ -422,19 +429,12 @@ class Trainer:
         world, training = self.world, self.cfg.training
         self.effective_batch = training.batch_size * world.size
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        held_out = ", ".join(e.name for e in self.held_out) or "none"
-        precision = str(self.precision).removeprefix("torch.")
-        self.say(
-            f"training {self.parameters / 1e6:.1f} M parameters on {world.device} in {precision}"
-            f"{', compiled,' if training.compile == 'true' else ''} for {training.steps} steps; effective batch "
-            f"{self.effective_batch} = {training.batch_size} per GPU x {world.size}; {len(self.dataset)} samples "
-            f"from {len(self.train_episodes)} episodes, {len(self.held_out)} held out ({held_out})",
-            flush=True,
-        )
-        if self.precision == torch.bfloat16 and not device.has_fast_bf16(world.device):
-            self.say(f"note: {world.device} has no bfloat16 instructions; training.precision fp32 would be faster")
-        if self.step >= training.steps:
-            self.say(f"nothing left to train: the run is at step {self.step}, training.steps is {training.steps}")
+        if world.is_main:
+            where = device.describe(world.device, self.precision, training.compile == "true")
+            summary.print_opening(
+                f"{self.parameters / 1e6:.1f} M parameters on {where}", training, self.effective_batch, self.step,
+                len(self.dataset), len(self.train_episodes), self.held_out,
+            )  # fmt: skip
         if training.compile == "true":
             self.model.compile()
         self.ddp: torch.nn.Module = self.model
@@ -571,11 +571,11 @@ class Trainer:
     def _log(self) -> None:
         """One line of metrics.jsonl, averaged over the steps since the last one. The host waits for the device here."""
         loss, l1_loss, kl_loss, grad_norm, _ = (self.window / self.window[4]).tolist()
-        steps_per_s, waiting = self.pace.read(self.step)
-        samples_per_s = steps_per_s * self.effective_batch
+        steps_per_s, wall_steps_per_s, waiting = self.pace.read(self.step)
+        samples_per_s, wall = steps_per_s * self.effective_batch, wall_steps_per_s * self.effective_batch
         self._append({
             "step": self.step, "loss": loss, "l1_loss": l1_loss, "kl_loss": kl_loss, "lr": self.lr,
-            "grad_norm": grad_norm, "samples_per_s": round(samples_per_s, 2),
+            "grad_norm": grad_norm, "samples_per_s": round(samples_per_s, 2), "samples_per_s_wall": round(wall, 2),
             "data_wait_fraction": round(waiting, 4), "effective_batch": self.effective_batch,
         })  # fmt: skip
         self.bar.set_postfix_str(f"loss {loss:.3f}, {samples_per_s:.1f} samples/s", refresh=False)

@@ -31,8 +31,8 @@ from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
 from .settings import UR_JOINTS, BagSettings, settings_from
-from .statistics import compute_stats
-from .synchronisation import Episode, synchronise, wrap_to_pi
+from .statistics import angle_references, compute_stats
+from .synchronisation import Episode, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Episode",
     "Recording",
     "SetupError",
+    "angle_references",
     "build_entry",
     "cache_key",
     "clean_cache",
@@ -58,6 +59,7 @@ __all__ = [
     "load_episodes",
     "open_pixels",
     "read_bag",
+    "refer_angles",
     "resize_image",
     "resize_notes",
     "settings_from",

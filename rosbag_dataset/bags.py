@@ -33,11 +33,11 @@ class Bag:
     compression: str  # "", "file" or "message"
     problem: str = ""  # why this cannot be a usable bag, found before opening it
 
-    def content_hash(self, full: bool = False) -> str:
-        """SHA-256 of the recording's bytes, in hex; bags with the same one count as copies.
+    def content_hash(self) -> str:
+        """SHA-256 of the recording's bytes, in hex: what the cache and a resumed run know a bag by.
 
         It covers metadata.yaml, and of each storage file its size and the first and last MiB: enough to notice a bag
-        that was recorded anew, and quick. With `full` it covers every byte of each file instead.
+        that was recorded anew, and quick. Copies of a recording are found by Recording.sha256() instead.
 
         Raises:
             OSError: a file cannot be read.
@@ -50,13 +50,9 @@ class Bag:
             size = file.stat().st_size
             digest.update(str(size).encode())
             with file.open("rb") as stream:
-                if full:
-                    while block := stream.read(1 << 20):
-                        digest.update(block)
-                else:
-                    digest.update(stream.read(1 << 20))
-                    stream.seek(max(0, size - (1 << 20)))
-                    digest.update(stream.read(1 << 20))
+                digest.update(stream.read(1 << 20))
+                stream.seek(max(0, size - (1 << 20)))
+                digest.update(stream.read(1 << 20))
         return digest.hexdigest()
 
 

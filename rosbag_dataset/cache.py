@@ -33,7 +33,7 @@ import numpy as np
 from .bags import Bag
 from .errors import DISK_FULL, NO_LOCKS, SetupError
 from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
-from .reading import Recording, read_bag
+from .reading import Recording, image_sha256, read_bag
 from .settings import BagSettings
 
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
@@ -234,6 +234,8 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
             if (size := file.stat().st_size) < expected:
                 raise EntryError(f"{file}: {size} bytes, expected {expected}")
+            with file.open("rb") as pixels:
+                recording.first_image[camera] = image_sha256(pixels.read(height * width * 3))
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise EntryError(f"{entry}: {' '.join(str(error).split()) or type(error).__name__}") from error
     return recording

@@ -6,10 +6,9 @@ Must not know: how any single step is done.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
-
-import numpy as np
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, load_entry
@@ -68,6 +67,7 @@ def load_episodes(
         raise next(iter(failed.values()))
 
     episodes: list[Episode] = []
+    first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
     cameras = list(settings.camera_topics)
     for bag in bags:
         try:
@@ -86,8 +86,10 @@ def load_episodes(
             raise_or_skip(bag, error)
             continue
         episode.entry, episode.content_hash = entry, hashes[bag.name]
-        twin = next((e.name for e in episodes if e.content_hash == episode.content_hash), "")
-        episode.sync_report["same_bytes_as"] = twin
+        episode.recording_hash = recording.sha256()
+        episode.sync_report["copy_of"] = first_with.setdefault(episode.recording_hash, bag.name)
+        if episode.sync_report["copy_of"] == bag.name:
+            episode.sync_report["copy_of"] = ""
         episodes.append(episode)
     if not episodes:
         raise BagError(
@@ -114,16 +116,20 @@ def check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: Sh
 def split_episodes(episodes: Sequence[Episode], val_fraction: float, seed: int) -> tuple[list[Episode], list[Episode]]:
     """Hold out whole episodes: -> (training, validation), each in order.
 
-    At least one is held out when there are five or more and `val_fraction` > 0; copies of the same recording stay on
-    the same side, so that none leaks into validation. The choice depends on the names and the seed alone.
+    Each recording has a number in [0, 1) that depends on the seed and on what was recorded alone, and is held out if
+    that is below `val_fraction`. So recordings that are added later move none to the other side, and copies of the
+    same one stay together: none leaks into validation. Of five or more recordings at least one is held out when
+    `val_fraction` > 0 (the one with the lowest number), and one is always left to train on.
     """
-    groups: dict[str, list[Episode]] = {}
-    for episode in episodes:
-        groups.setdefault(episode.content_hash or episode.name, []).append(episode)
-    wanted = round(len(groups) * val_fraction)
+
+    def number(group: str) -> float:
+        return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:7], "big") / 2**56
+
+    groups = sorted({e.recording_hash or e.name for e in episodes}, key=number)
+    count = sum(number(group) < val_fraction for group in groups)
     if val_fraction > 0 and len(groups) >= 5:
-        wanted = max(1, wanted)
-    wanted = min(wanted, len(groups) - 1)  # training needs one
-    shuffled = np.random.default_rng(seed).permutation(len(groups))
-    held_out = {e.name for i in shuffled[: max(0, wanted)] for e in list(groups.values())[i]}
-    return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]
+        count = max(1, count)
+    held_out = set(groups[: min(count, len(groups) - 1)])
+    sides = [(e.recording_hash or e.name) in held_out for e in episodes]
+    pairs = list(zip(episodes, sides, strict=True))
+    return [e for e, out in pairs if not out], [e for e, out in pairs if out]

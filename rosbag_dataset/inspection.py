@@ -1,7 +1,7 @@
 """A look at a folder of bags before training: topics, rates, gaps, what would be dropped. Nothing is written.
 
     python -m rosbag_dataset DIR                    # topics, rates, gaps
-    python -m rosbag_dataset DIR --verify           # the same, and decode every image and hash every byte
+    python -m rosbag_dataset DIR --verify           # the same, and decode every image
     python -m rosbag_dataset DIR --config my.yaml   # with the topics and joints of your config
 
 Knows: how sync reports look as a table, the command line, config.yaml in the folder that holds this package.
@@ -26,8 +26,9 @@ from .episodes import check_same_size
 from .errors import BagError
 from .reading import read_bag
 from .settings import BagSettings, settings_from
-from .storage import open_storage, storage_errors, topics_of
-from .synchronisation import Episode, synchronise
+from .statistics import angle_references
+from .storage import open_storage, topics_of
+from .synchronisation import Episode, refer_angles, synchronise
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
 
@@ -71,11 +72,23 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     for report in sync_reports:
         if report["joints_never_moved"]:
             lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
-        if report.get("same_bytes_as"):
+        if report.get("copy_of"):
             lines.append(
-                f"note: {report['episode']} has the same bytes as {report['same_bytes_as']}: both are kept on the same "
-                "side of the training/validation split; delete one"
+                f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
+                "training/validation split; delete one"
             )
+        if report["dropped_in_joint_gaps"]:
+            lines.append(
+                f"note: {report['episode']}: {report['dropped_in_joint_gaps']} frames dropped in gaps of the joints "
+                "longer than twice data.max_offset_ms"
+            )
+    crossing = sorted({name for report in sync_reports for name in report.get("joints_across_the_seam", ())})
+    for name in crossing:
+        count = sum(name in report["joints_across_the_seam"] for report in sync_reports)
+        lines.append(
+            f"note: {name} turns so far that its angles overlap, in {count} of {len(sync_reports)} episodes: its state "
+            "jumps by a whole turn there, and the policy cannot tell the turns apart"
+        )
     return "\n".join(lines)
 
 
@@ -92,8 +105,8 @@ def resize_notes(episodes: list[Episode], settings: BagSettings) -> Iterator[str
             )
 
 
-def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> dict[str, Any]:
-    """Print one bag's topics and return its sync report, without writing anything; `verify` also decodes every image.
+def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> Episode:
+    """Print one bag's topics and return it as an episode, without writing anything; `verify` decodes every image.
 
     Raises:
         BagError: as read_bag() and synchronise().
@@ -103,7 +116,9 @@ def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> dict[str, Any]
     for topic, (types, count) in sorted(topics.items()):
         print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
     recording = read_bag(bag, settings, (lambda camera, image: None) if verify else None)
-    return synchronise(bag.name, recording, settings).sync_report
+    episode = synchronise(bag.name, recording, settings)
+    episode.recording_hash = recording.sha256()
+    return episode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rosbag_dataset", description="Look at a folder of ROS 2 bags.")
     parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags")
     parser.add_argument("--config", type=Path, help="a training config whose data and conventions sections to use")
-    parser.add_argument("--verify", action="store_true", help="decode every image and hash every byte")
+    parser.add_argument("--verify", action="store_true", help="also decode every image")
     parser.add_argument("--json", type=Path, help="write the report there as well")
     args = parser.parse_args(argv)
     try:
@@ -120,21 +135,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    reports, problems, first_with = [], [], {}  # the last: content hash -> name of the first bag that has it
+    episodes: list[Episode] = []
+    problems, first_with = [], {}  # the latter: hash of a recording -> name of the first bag that holds it
     for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
         print(f"{bag.name}")
         try:
-            report = inspect_bag(bag, settings, args.verify)
-            if reports:
-                check_same_size(bag.name, report["image_size"], reports[0]["episode"], reports[0]["image_size"])
-            with storage_errors(bag, bag.path):
-                first = first_with.setdefault(bag.content_hash(full=args.verify), bag.name)
-            report["same_bytes_as"] = "" if first == bag.name else first
-            reports.append(report)
+            episode = inspect_bag(bag, settings, args.verify)
+            if episodes:
+                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+            first = first_with.setdefault(episode.recording_hash, bag.name)
+            episode.sync_report["copy_of"] = "" if first == bag.name else first
+            episodes.append(episode)
         except BagError as error:
             problems.append({"bag": bag.name, "why": str(error)})
             print(f"    error: {error}")
-    if reports:
+    reports = [episode.sync_report for episode in episodes]
+    if episodes:
+        references = angle_references(episodes)
+        for episode in episodes:
+            refer_angles(episode, references, settings)
         print("\n" + sync_table(reports))
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)

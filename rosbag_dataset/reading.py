@@ -7,8 +7,9 @@ Must not know: how files are stored, how a message is taken apart, and where pix
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,21 @@ class Recording:
     camera_time_ns: dict[str, np.ndarray]  # camera -> (N,)
     image_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as stored
     source_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as recorded
+    first_image: dict[str, bytes] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
+
+    def sha256(self) -> str:
+        """A hash of what was recorded: joints, the time of each message, and each camera's first image.
+
+        The same for a copy under another name, in another storage format, compressed, or with other metadata. No more
+        images are needed: a motion that is replayed exactly, by a simulator's clock, begins before other eyes.
+        """
+        digest = hashlib.sha256()
+        for part in (self.joint_time_ns, self.joint_rad, *self.camera_time_ns.values()):
+            digest.update(f"{part.shape} ".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        for image in self.first_image.values():
+            digest.update(image)
+        return digest.hexdigest()
 
 
 def read_bag(
@@ -62,6 +78,7 @@ def read_bag(
     joint_rows: list[np.ndarray] = []
     camera_times: dict[str, list[int]] = {camera: [] for camera in settings.camera_topics}
     shapes: dict[str, tuple[int, int]] = {}
+    first_image: dict[str, bytes] = {}
     stored: dict[str, tuple[int, int]] = {}
     columns: dict[tuple[str, ...], list[int]] = {}  # see joint_positions()
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
@@ -87,6 +104,8 @@ def read_bag(
                 if shape is not None and shapes.setdefault(camera, shape) != shape:
                     was, now = height_by_width(shapes[camera]), height_by_width(shape)
                     raise BagError(f"{where}: image size changes within the bag, from {was} to {now} (HxW)")
+                if camera not in first_image:  # by what is stored of it, or by its message if nothing is
+                    first_image[camera] = image_sha256(raw if image is None else image.tobytes())
                 if image is not None and sink is not None:
                     stored[camera] = image.shape[:2]
                     sink(camera, image)
@@ -101,4 +120,10 @@ def read_bag(
         {camera: np.array(times, np.int64) for camera, times in camera_times.items()},
         {camera: stored.get(camera, settings.image_resize or shape) for camera, shape in shapes.items()},
         shapes,
+        {camera: first_image[camera] for camera in settings.camera_topics},
     )
+
+
+def image_sha256(image: bytes | memoryview) -> bytes:
+    """What Recording.first_image holds of an image."""
+    return hashlib.sha256(image).digest()

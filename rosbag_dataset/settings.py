@@ -37,7 +37,7 @@ class BagSettings:
         ros_distro: whose message definitions decode the bag, for example "humble".
         joint_sign: J factors of +1 or -1, used when apply_joint_sign.
         apply_joint_sign: multiply joint positions by joint_sign.
-        wrap_angles: wrap revolute joints to (-pi, pi].
+        wrap_angles: wrap revolute joints to within half a turn of a reference (synchronisation.refer_angles).
         image_resize: (H, W) of the stored frames, or None to keep the camera's size.
         action_mode: "delta" (q[t+1] - q[t]) or "absolute" (q[t+1]).
         on_bad_bag: "error" or "skip".

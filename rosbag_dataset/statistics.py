@@ -1,4 +1,4 @@
-"""Means and standard deviations over the training episodes, for normalisation.
+"""What is computed over all training episodes: means and deviations for normalisation, turns to count angles from.
 
 Knows: which frames count, floors for joints that never move, that image statistics are kept in the cache entry.
 Must not know: how a policy normalises with them.
@@ -16,7 +16,7 @@ import numpy as np
 from .cache import flush, save
 from .errors import BagError
 from .samples import open_pixels
-from .synchronisation import Episode
+from .synchronisation import Episode, wrap_to_pi
 
 # Floors for standard deviations. A joint that never moves has a deviation near zero, and dividing by it would turn
 # a 0.001 rad disturbance on the robot into an input of hundreds of sigmas.
@@ -84,6 +84,21 @@ def compute_stats(
             "std": std.astype(np.float32).reshape(3, 1, 1),
         }
     return stats, floored
+
+
+def angle_references(episodes: Sequence[Episode]) -> np.ndarray:
+    """(J,) float64, rad: for each joint the middle of the arc that the episodes visit, in (-pi, pi].
+
+    It is opposite the middle of the largest arc in which no frame of any episode lies, so that angles wrapped around
+    it jump only where the training data never are. A mean would not do: a joint that works at 0 and sometimes reaches
+    3.3 rad has its mean near 0, and the seam in its way. For refer_angles(); of joints that are no angles, and are
+    never wrapped, it means nothing.
+    """
+    angles = np.sort(wrap_to_pi(np.concatenate([episode.path_rad for episode in episodes])), axis=0)
+    gaps = np.diff(angles, axis=0, append=angles[:1] + 2 * np.pi)
+    widest, joints = gaps.argmax(axis=0), np.arange(angles.shape[1])
+    seam = angles[widest, joints] + gaps[widest, joints] / 2
+    return np.round(wrap_to_pi(seam + np.pi), 3)  # to read it in a file
 
 
 def _moments(rows: np.ndarray) -> Moments:

@@ -41,7 +41,9 @@ class Episode:
     image_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as stored
     source_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as recorded
     stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of images in the entry
-    content_hash: str = ""  # Bag.content_hash(); two bags with the same one are copies
+    content_hash: str = ""  # Bag.content_hash(): of the files' bytes
+    recording_hash: str = ""  # Recording.sha256(): two bags with the same one are copies, whatever their bytes
+    path_rad: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (T, J) float64, joints without jumps
 
     @property
     def action_stop(self) -> np.ndarray:
@@ -52,12 +54,20 @@ class Episode:
         return stop
 
 
-def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episode:
+def synchronise(
+    name: str, recording: Recording, settings: BagSettings, angle_reference_rad: np.ndarray | None = None
+) -> Episode:
     """Put a recording on a grid of `fps`, drop frames that lack a sample, and cut it into segments.
 
     The grid covers the time in which every topic was being recorded and starts on an image of the first camera.
     Images are taken by nearest neighbour; joints are interpolated linearly (or nearest), after putting them in time
     order. Joint conventions (sign, wrapping) are applied here.
+
+    Args:
+        name: the episode's name.
+        recording: times and joints, from read_bag() or load_entry().
+        settings: topics, rate and conventions.
+        angle_reference_rad: (J,) as in refer_angles(); None is 0 for every joint.
 
     Raises:
         BagError: topics that do not overlap in time, broken time stamps, no joint that moves, no frame left.
@@ -91,12 +101,13 @@ def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episo
     offset_ms = {settings.joint_topic: np.abs(joint_ns[nearest_index(joint_ns, ticks)] - ticks) / 1e6}
     for camera, i in index.items():
         offset_ms[settings.camera_topics[camera]] = np.abs(camera_ns[camera][i] - ticks) / 1e6
-    kept = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
+    near = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
+    kept = near & ~_in_joint_gap(joint_ns, ticks, settings)
     if not kept.any():
         worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
         raise BagError(
-            f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g}; "
-            f"median offsets: {worst}"
+            f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and joints on "
+            f"both sides, at most twice that apart); median offsets: {worst}"
         )
     moved = np.ptp(joint_rad, axis=0) >= MOVED_RAD
     if not moved.any():
@@ -106,9 +117,8 @@ def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episo
         )
 
     # What the kept frames hold.
-    state, continuous = _resample_joints(joint_ns, joint_rad, ticks[kept], settings)
+    state, path = _resample_joints(joint_ns, joint_rad, ticks[kept], settings)
     segments = _segments(kept)
-    action = _actions(state, continuous, segments, settings)
     image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
 
     sync_report = {
@@ -117,6 +127,7 @@ def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episo
         "image_size": {c: list(shape) for c, shape in recording.image_shape.items()},
         "frames": int(kept.sum()),
         "dropped": int((~kept).sum()),
+        "dropped_in_joint_gaps": int((near & ~kept).sum()),
         "segments": len(segments),
         "frames_without_action": len(segments),
         "repeated_images": {
@@ -137,11 +148,38 @@ def synchronise(name: str, recording: Recording, settings: BagSettings) -> Episo
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
         "still_share": _still_share(joint_ns, joint_rad),
     }
-    return Episode(
-        name, ticks[kept], state.astype(np.float32), action.astype(np.float32), segments, image_index, sync_report,
+    episode = Episode(
+        name, ticks[kept], state.astype(np.float32), _actions(state, path, segments, settings).astype(np.float32),
+        segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
-        stored_images={c: len(t) for c, t in camera_ns.items()},
+        stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path,
     )  # fmt: skip
+    refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
+    return episode
+
+
+def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSettings) -> None:
+    """Give an episode's angles on the turn around a reference, in place: states, actions and the sync report.
+
+    The same pose of a joint has infinitely many angles, a turn apart. Wrapped states lie in (reference - pi,
+    reference + pi]; absolute actions start on the turn of the episode's first state and follow the motion without
+    jumps. With the reference of statistics.angle_references() the seam, half a turn away, is where no training
+    episode comes; a joint that crosses it all the same is named in the sync report.
+
+    Args:
+        episode: from synchronise().
+        reference_rad: (J,) float64, rad; used for joints that are wrapped.
+        settings: those that the episode was synchronised with; without `wrap_angles` nothing is done.
+    """
+    if not settings.wrap_angles:
+        return
+    state, wrapped = episode.path_rad.copy(), settings.revolute
+    state[:, wrapped] = wrap_to_pi(state[:, wrapped], np.asarray(reference_rad, np.float64)[wrapped])
+    episode.state = state.astype(np.float32)
+    episode.action = _actions(state, episode.path_rad, episode.segments, settings).astype(np.float32)
+    turned = np.abs(np.diff(state - episode.path_rad, axis=0)).max(axis=0, initial=0.0) > np.pi
+    names = [name for name, crosses in zip(settings.joint_names, turned, strict=True) if crosses]
+    episode.sync_report["joints_across_the_seam"] = names
 
 
 def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
@@ -149,6 +187,19 @@ def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
     right = np.clip(np.searchsorted(times_ns, ticks_ns), 0, len(times_ns) - 1)
     left = np.maximum(right - 1, 0)
     return np.where(ticks_ns - times_ns[left] <= np.abs(times_ns[right] - ticks_ns), left, right)
+
+
+def _in_joint_gap(joint_ns: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings) -> np.ndarray:
+    """(T,) bool: ticks whose two neighbouring joint samples are more than twice `max_offset_ms` apart.
+
+    A line across such a gap is a guess: the joints may have done anything in between. Only interpolation draws it;
+    "nearest" takes a sample that max_offset_ms has found near enough.
+    """
+    if settings.joint_resample != "linear":
+        return np.zeros(len(ticks_ns), bool)
+    left = np.maximum(np.searchsorted(joint_ns, ticks_ns, side="right") - 1, 0)
+    right = np.minimum(np.searchsorted(joint_ns, ticks_ns, side="left"), len(joint_ns) - 1)
+    return (joint_ns[right] - joint_ns[left]) / 1e6 > 2 * settings.max_offset_ms
 
 
 def _segments(kept: np.ndarray) -> np.ndarray:
@@ -165,19 +216,19 @@ def _still_share(joint_ns: np.ndarray, joint_rad: np.ndarray) -> float:
     return round(float(np.average(np.asarray(speed) < STILL_RAD_PER_S, weights=step_s)), 3)
 
 
-def wrap_to_pi(angle_rad: np.ndarray) -> np.ndarray:
-    """Angles to (-pi, pi], any shape, float64."""
-    wrapped = np.pi - np.mod(np.pi - angle_rad, 2 * np.pi)
-    return np.where(wrapped <= -np.pi, np.pi, wrapped)  # mod rounds up to 2 pi for an angle just above pi
+def wrap_to_pi(angle_rad: np.ndarray, reference_rad: np.ndarray | float = 0.0) -> np.ndarray:
+    """Angles to (reference - pi, reference + pi], any shapes that broadcast, float64; those inside stay as they are."""
+    turns = np.ceil((angle_rad - np.pi - reference_rad) / (2 * np.pi))
+    return angle_rad - 2 * np.pi * turns
 
 
 def _resample_joints(
     joint_ns: np.ndarray, joint_rad: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Joint positions at the ticks, with the project's sign applied: once for states, once for absolute actions.
+    """Joint positions at the ticks, with the project's sign applied: as recorded, and without jumps.
 
     Returns:
-        (the states, (T, J) float64, wrapped when `wrap_angles`;
+        (the positions, (T, J) float64, interpolated between the recorded values: the states, unless they are wrapped;
          the same path without jumps, (T, J) float64. It is unwrapped along all samples of the recording, so that it
          also counts turns that were made while frames were dropped).
     """
@@ -193,25 +244,16 @@ def _resample_joints(
 
     path = joint_rad.copy()
     path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-    continuous = at_ticks(path)  # interpolated on the continuous path, so that no value lies between +pi and -pi
-    if not settings.wrap_angles:
-        return at_ticks(joint_rad), continuous
-    state = continuous.copy()
-    state[:, revolute] = wrap_to_pi(state[:, revolute])
-    return state, continuous
+    return at_ticks(joint_rad), at_ticks(path)  # of the latter no value lies between +pi and -pi
 
 
-def _actions(state: np.ndarray, continuous: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
+def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
     """(T, J) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame."""
     action = np.zeros_like(state)
-    revolute = settings.revolute
-    target = continuous + (state[0] - continuous[0])  # whole turns: the first frame is where its state says
+    target = path + (state[0] - path[0])  # whole turns: the first frame is where its state says
     for start, stop in segments:
         if settings.action_mode == "absolute":
             action[start : stop - 1] = target[start + 1 : stop]
         else:
-            delta = np.diff(state[start:stop], axis=0)
-            if settings.wrap_angles:
-                delta[:, revolute] = wrap_to_pi(delta[:, revolute])
-            action[start : stop - 1] = delta
+            action[start : stop - 1] = np.diff((path if settings.wrap_angles else state)[start:stop], axis=0)
     return action

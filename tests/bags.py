@@ -126,7 +126,7 @@ class Take:
     def recording(self) -> Recording:
         """The same without a bag in between, for tests of synchronise()."""
         shape = {"color": self.images.shape[1:3]}
-        return Recording(self.joint_ns, self.joint_rad, {"color": self.camera_ns}, shape, shape)
+        return Recording(self.joint_ns, self.joint_rad, {"color": self.camera_ns}, shape, shape)  # no first_image
 
 
 def clock(seconds: float, hz: float, start_s: float = 0.0) -> np.ndarray:

@@ -88,6 +88,7 @@ def save_ours(folder: Path, train_config: dict[str, Any], **policy_fields: Any) 
 def two_cameras_contract(contract: dict[str, Any]) -> dict[str, Any]:
     return contract | {
         "image_resize": None,
+        "angle_reference_rad": [0.0] * 6,  # LeRobot's policies are asked with the same states, which they do not wrap
         "cameras": dict.fromkeys(TWO_CAMERAS, "/camera"),
         "image_shapes": {camera: list(shape) for camera, shape in TWO_CAMERAS.items()},
     }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from ur10e_deploy import policy_runner
-from ur10e_deploy.config import WARM_UP_INFERENCES, PolicyError
+from ur10e_deploy.config import WARM_UP_INFERENCES, PolicyError, RobotContract
 from ur10e_deploy.policy_runner import PolicyRunner
 from ur10e_deploy.sources import BagSource
 
@@ -354,13 +354,14 @@ def test_camera_images_are_resized_as_in_training(trained: Path, sample_bags: Pa
 
 
 def test_angles_are_wrapped_as_in_training(trained: Path):
-    """A UR joint reads up to two turns, the policy knows angles in (-pi, pi]. Those already there are untouched."""
+    """A UR joint reads up to two turns, the policy knows angles around its reference. Those there are untouched."""
     runner = PolicyRunner(trained, backend="native", device="cpu")
     state, images = random_observation({"color": (32, 48)})
     expected = runner.predict_chunk(state, images)
     turned = state.astype(np.float64) + 2 * np.pi * np.array([1, -1, 0, 2, 0, -1])
     np.testing.assert_allclose(runner.predict_chunk(turned, images), expected, rtol=0, atol=1e-6)
-    edge = np.array([np.pi, -np.pi, 3.1, -3.1, 0, np.pi], np.float32)
+    reference = np.array(contract_of(trained)["angle_reference_rad"])
+    edge = (reference + [np.pi, -np.pi, 3.1, -3.1, 0, np.pi]).astype(np.float32)
     np.testing.assert_array_equal(runner.contract.wrap(edge), edge)
 
 
@@ -444,11 +445,74 @@ def test_the_doors_to_the_robots_own_convention(exchange: Path, tmp_path: Path):
     (directory / "train_config.json").write_text(json.dumps(content))
     contract = PolicyRunner(directory, backend="native", device="cpu").contract
     names = ["gripper", *reversed(UR_JOINTS)]
-    state = contract.state_from_robot(names, [9.0, 0.6, 0.5, 0.4, 0.3 + 2 * np.pi, 0.2, 0.1])
-    np.testing.assert_allclose(state, [0.1, -0.2, 0.3, 0.4, -0.5, 0.6], atol=1e-6)
-    np.testing.assert_allclose(contract.action_to_robot(np.ones(6, np.float32)), [1, -1, 1, 1, -1, 1])
+    state = contract.state_from_robot(names, [9.0, 0.6, 0.5, 0.4 + 2 * np.pi, 0.3, 0.2, 0.1])
+    np.testing.assert_allclose(state, [0.1, -0.2, 0.3, 0.4 + 2 * np.pi, -0.5, 0.6])
+    np.testing.assert_allclose(contract.wrap(state), [0.1, -0.2, 0.3, 0.4, -0.5, 0.6])
+    command = contract.command_to_robot(np.full(6, 0.5, np.float32) - state, state)  # a delta, to 0.5 rad
+    np.testing.assert_allclose(command, [0.5, -0.5, 0.5, 0.5, -0.5, 0.5], atol=1e-6)
     with pytest.raises(PolicyError, match="joints elbow_joint are missing; the robot sent"):
         contract.state_from_robot(["gripper"] + [n for n in UR_JOINTS if n != "elbow_joint"], range(6))
+
+
+WRIST, ELBOW = UR_JOINTS.index("wrist_3_joint"), UR_JOINTS.index("elbow_joint")
+
+
+@pytest.mark.parametrize(
+    ("joint", "at_rad", "asked_rad", "command_rad"),
+    [
+        (WRIST, 0.2, 0.3, 0.3),
+        (WRIST, 3.5, 3.4 - 2 * np.pi, 3.4),  # the policy knows the pose as -2.88
+        (WRIST, -3.5, 2.9, 2.9 - 2 * np.pi),
+        (WRIST, 6.2, 0.15, 0.15),  # the nearest, 6.43, is outside: the other way round
+        (WRIST, -6.2, -0.15, -0.15),
+        (ELBOW, 3.0, -3.1, -3.1),  # the elbow turns no further than half a turn
+        (ELBOW, 3.0, 3.3, 3.3 - 2 * np.pi),
+    ],
+)
+@pytest.mark.parametrize("reference", [0.0, 3.1])
+def test_an_absolute_action_is_commanded_where_the_joint_is(
+    exchange: Path, tmp_path: Path, joint, at_rad, asked_rad, command_rad, reference
+):
+    """Of the angles that mean the same pose: the nearest one inside the UR10e's limits; no joint is sent around."""
+    absolute = {"action_mode": "absolute", "angle_reference_rad": [reference] * 6}
+    contract = with_contract(exchange, tmp_path, **absolute)
+    state, action = np.zeros(6), np.zeros(6, np.float32)
+    state[joint], action[joint] = at_rad, asked_rad
+    command = contract.command_to_robot(action, state)
+    assert command[joint] == pytest.approx(command_rad, abs=1e-6) and np.abs(np.delete(command, joint)).max() == 0
+
+
+def test_a_command_outside_a_joints_limits_is_refused(exchange: Path, tmp_path: Path):
+    """Whoever adds deltas for too long, or asks for a pose that the elbow has not."""
+    contract = with_contract(exchange, tmp_path, action_mode="delta")
+    with pytest.raises(PolicyError, match="wrist_3 would go to 6.30.* outside its limits -6.283 to 6.283 rad"):
+        contract.command_to_robot(np.array([0, 0, 0, 0, 0, 0.05], np.float32), np.array([0, 0, 0, 0, 0, 6.25]))
+    contract = with_contract(exchange, tmp_path, action_mode="absolute", wrap_angles=False)
+    with pytest.raises(PolicyError, match="elbow would go to 3.2"):
+        contract.command_to_robot(np.array([0, 0, 3.2, 0, 0, 0], np.float32), np.zeros(6))
+
+
+def test_a_state_is_given_on_the_turn_that_training_used(exchange: Path, tmp_path: Path):
+    """Around the contract's reference; without one, as in older checkpoints, around 0; what fits stays to the bit."""
+    seen = np.array([0.3, 3.5, -3.1, 3.5 - 2 * np.pi, 6.2, -0.5])
+    around = [0.0, 3.1, 3.1, 3.1, 3.1, 3.1]
+    contract = with_contract(exchange, tmp_path, action_mode="absolute", angle_reference_rad=around)
+    expected = [0.3, 3.5, -3.1 + 2 * np.pi, 3.5, 6.2, -0.5 + 2 * np.pi]
+    np.testing.assert_allclose(contract.wrap(seen), expected)
+    inside = np.float32([0.3, 3.5, np.pi, 3.1 + np.pi, 3.1 - np.pi + 1e-6, 1.0])
+    assert (contract.wrap(inside) == inside).all()
+    older = with_contract(exchange, tmp_path, angle_reference_rad=None)
+    np.testing.assert_allclose(older.wrap(seen), np.arctan2(np.sin(seen), np.cos(seen)))
+    np.testing.assert_allclose(contract.beside(np.full(6, -3.1), np.full(6, 3.2)), np.full(6, -3.1 + 2 * np.pi))
+
+
+def with_contract(exchange: Path, folder: Path, **changes: object) -> RobotContract:
+    """The contract of a policy of ours with other content; None takes a key out."""
+    directory = ours(exchange, folder / str(len(list(folder.iterdir()))))
+    content = json.loads((directory / "train_config.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not None or name not in changes}
+    (directory / "train_config.json").write_text(json.dumps(content))
+    return PolicyRunner(directory, backend="native", device="cpu").contract
 
 
 # -- what it needs -------------------------------------------------------------------------------------------------

@@ -193,15 +193,31 @@ def test_two_bags_with_different_joints(tmp_path):
     assert message.startswith("b: ") and "shoulder_pan_joint" in message and "left_elbow_joint" in message
 
 
-def test_copies_are_reported_and_kept_together(tmp_path):
-    """A bag with the bytes of another says so, in the report and in the table."""
-    bag = write_bag(tmp_path / "bags" / "a", make_take(seconds=0.3).messages())
-    (tmp_path / "bags" / "b").symlink_to(tmp_path / "copy")
-    shutil.copytree(bag, tmp_path / "copy")
+@pytest.mark.parametrize("how", ["linked", "renamed with other metadata", "mcap", "compressed", "split"])
+def test_copies_are_reported_and_kept_together(tmp_path, how):
+    """A copy of a recording says so in report and table, whatever its name, metadata, storage and compression."""
+    messages = make_take(seconds=0.3).messages()
+    bag = write_bag(tmp_path / "bags" / "a", messages)
+    if how == "linked":
+        (tmp_path / "bags" / "b").symlink_to(tmp_path / "copy")
+        shutil.copytree(bag, tmp_path / "copy")
+    elif how.startswith("renamed"):
+        shutil.copytree(bag, tmp_path / "bags" / "b")
+        with (tmp_path / "bags" / "b" / "metadata.yaml").open("a") as metadata:
+            metadata.write("# checked by hand\n")
+    elif how == "mcap":
+        write_bag(tmp_path / "bags" / "b", messages, storage="mcap")
+    elif how == "compressed":
+        write_bag(tmp_path / "bags" / "b", messages, compression="message")
+    else:
+        write_split_bag(tmp_path / "bags" / "b", [messages[:20], messages[20:]])
     write_bag(tmp_path / "bags" / "c", make_take(seconds=0.3, seed=1).messages())
     episodes, _ = load_episodes(settings(tmp_path / "bags"), 1, False)
-    assert [e.sync_report["same_bytes_as"] for e in episodes] == ["", "a", ""]
-    assert "b has the same bytes as a" in sync_table([e.sync_report for e in episodes])
+    assert [e.sync_report["copy_of"] for e in episodes] == ["", "a", ""]
+    assert "b is a copy of a" in sync_table([e.sync_report for e in episodes])
+    for seed in range(10):
+        _, held_out = split_episodes(episodes, 0.5, seed)
+        assert [e.name for e in held_out] in ([], ["c"], ["a", "b"])
 
 
 # -- training and validation --------------------------------------------------------------------------------------
@@ -211,28 +227,34 @@ def named(count, copies=()):
     """Episodes of which only name and content matter; `copies` maps an episode's number to the one it copies."""
     blank = sync(make_take(seconds=0.3))
     copies = dict(copies)
-    return [dataclasses.replace(blank, name=f"e{i:02}", content_hash=f"hash{copies.get(i, i)}") for i in range(count)]
+    return [dataclasses.replace(blank, name=f"e{i:02}", recording_hash=f"hash{copies.get(i, i)}") for i in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "held_out"),
-    [
-        (4, 0.1, 0),
-        (5, 0.1, 1),
-        (9, 0.1, 1),
-        (20, 0.1, 2),
-        (10, 0.5, 5),
-        (5, 0.0, 0),
-        (4, 0.5, 2),
-        (1, 0.9, 0),
-        (2, 1, 1),
-    ],
-)
-def test_how_many_are_held_out(count, fraction, held_out):
-    """val_fraction of the episodes, at least one of five or more, never all."""
-    training, validation = split_episodes(named(count), fraction, seed=3)
-    assert len(validation) == held_out and len(training) == count - held_out > 0
-    assert sorted(e.name for e in training + validation) == [e.name for e in named(count)]
+    ("count", "fraction", "fewest", "most"),
+    [(4, 0.1, 0, 3), (5, 0.1, 1, 4), (9, 0.1, 1, 8), (5, 1e-9, 1, 1), (4, 1e-9, 0, 0), (5, 0.0, 0, 0), (1, 0.9, 0, 0),
+     (2, 0.999, 1, 1), (6, 0.999, 5, 5)],
+)  # fmt: skip
+def test_how_many_are_held_out(count, fraction, fewest, most):
+    """At least one of five or more, never all, and none where val_fraction is 0."""
+    for seed in range(20):
+        training, validation = split_episodes(named(count), fraction, seed)
+        assert fewest <= len(validation) <= most and len(training) == count - len(validation) > 0
+        assert sorted(e.name for e in training + validation) == [e.name for e in named(count)]
+
+
+def test_the_share_that_is_held_out():
+    """val_fraction of many episodes: 100 of 1000 within four standard deviations, for each of five seeds."""
+    for seed in range(5):
+        assert abs(len(split_episodes(named(1000), 0.1, seed)[1]) - 100) < 4 * np.sqrt(1000 * 0.1 * 0.9)
+
+
+def test_new_recordings_move_no_old_one_to_the_other_side():
+    """Of 100 bags, ten or so are held out; with more bags, wherever their names come, the same ten still are."""
+    for seed in range(10):
+        before = {e.name for e in split_episodes(named(100), 0.1, seed)[1]}
+        after = {e.name for e in split_episodes(named(160)[::-1], 0.1, seed)[1]}
+        assert len(before) > 2 and before == {name for name in after if int(name[1:]) < 100}
 
 
 def test_split_is_deterministic():
@@ -246,5 +268,5 @@ def test_split_is_deterministic():
 def test_copies_stay_on_one_side(seed):
     """The same recording twice never sits in training and validation at once."""
     training, validation = split_episodes(named(10, {7: 2, 9: 2, 8: 0}.items()), 0.3, seed)
-    assert not {e.content_hash for e in training} & {e.content_hash for e in validation}
+    assert not {e.recording_hash for e in training} & {e.recording_hash for e in validation}
     assert validation

@@ -6,13 +6,16 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import train
-from lerobot_checkpoint import load_training_state, saving
+from lerobot_checkpoint import CheckpointError, load_training_state, saving
 from tests.tiny import arguments, assert_same_run, metrics, run, weights
+from training import identity
 
 EVERY_STEP = {"training__log_freq": 1, "training__save_freq": 2}
 
@@ -105,7 +108,7 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(sample_bags: Path, tmp
         ({"data__fps": 15}, ["data.fps (was 30.0, is 15.0)"]),
         ({"training__seed": 3}, ["training.seed (was 42, is 3)"]),
         ({"conventions__action_mode": "absolute"}, ["action_mode (was delta, is absolute)"]),
-        ({"training__val_fraction": 0}, ["held-out episodes"]),
+        ({"training__val_fraction": 0}, ["training.val_fraction (was 0.1, is 0.0)"]),
     ],
 )
 def test_a_changed_model_or_changed_data_is_refused(straight: Path, sample_bags: Path, capsys, change, words):
@@ -115,6 +118,39 @@ def test_a_changed_model_or_changed_data_is_refused(straight: Path, sample_bags:
     error = capsys.readouterr().err
     assert "cannot resume" in error and all(word in error for word in words), error
     assert sorted(p.name for p in straight.iterdir()) == before
+
+
+def test_a_run_from_before_the_split_by_hash_goes_on_with_its_own_split(sample_bags: Path, tmp_path, monkeypatch):
+    """What an update changed about the split, or will change, moves no episode of a run that is under way."""
+
+    def shuffled(episodes, val_fraction, seed):
+        return [e for e in episodes if e.name != "episode_003"], [e for e in episodes if e.name == "episode_003"]
+
+    def older(*args):
+        since = {"sample order", "angle_reference_rad", "training.val_fraction"}
+        return {name: value for name, value in fingerprint(*args).items() if name not in since}
+
+    fingerprint = identity.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "split_episodes", shuffled)
+        patch.setattr(identity, "angle_references", lambda train: np.zeros(6))
+        unbroken = run(sample_bags, tmp_path / "a")
+        patch.setattr(identity, "fingerprint", older)
+        run(sample_bags, tmp_path / "b", training__steps=3)
+    assert_same_run(run(sample_bags, tmp_path / "b", "--resume"), unbroken)
+    contract = json.loads((tmp_path / "b/run/last/pretrained_model/train_config.json").read_text())
+    assert contract["held_out_episodes"] == ["episode_003"]
+
+
+def test_a_run_that_was_trained_across_gaps_of_the_joints_does_not_go_on():
+    """Its samples were others, and so was their order: refused in one line that says which bags, and what to do."""
+    now = {"sample order": 2, "angle_reference_rad": [0.0], "training.val_fraction": 0.1, "seed": 1}
+    whole, gap = (SimpleNamespace(name=n, sync_report={"dropped_in_joint_gaps": d}) for n, d in (("a", 0), ("b", 7)))
+    identity.check_unchanged({"seed": 1}, now, [whole], Path("checkpoint"))
+    with pytest.raises(CheckpointError, match=r"^checkpoint: .* the 7 frames in gaps of the joints of b;"):
+        identity.check_unchanged({"seed": 1}, now, [whole, gap], Path("checkpoint"))
+    with pytest.raises(CheckpointError, match=r"seed \(was 2, is 1\)"):
+        identity.check_unchanged({"seed": 2}, now, [whole], Path("checkpoint"))
 
 
 def test_auto_falls_back_to_the_newest_checkpoint_that_verifies(straight: Path, sample_bags: Path, tmp_path, capsys):

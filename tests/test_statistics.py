@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rosbag_dataset import compute_stats, split_episodes
-from tests.bags import make_take, settings, smooth_path, write_bag
+from rosbag_dataset import angle_references, compute_stats, refer_angles, split_episodes
+from tests.bags import T0_NS, make_take, settings, smooth_path, write_bag
 from tests.checks import TAKE, cut, error_of, load
 from tests.episodes import one_joint, sync, turning, with_pixels, without
 
@@ -114,3 +115,61 @@ def test_statistics_on_a_full_disk(tmp_path, small_disk):
     color = compute_stats(episodes, "dataset", "delta")[0]["observation.images.color"]
     np.testing.assert_allclose(color["mean"].ravel(), TAKE.images.mean(axis=(0, 1, 2)) / 255, rtol=1e-5)
     assert not list(episodes[0].entry.glob("*moments*"))
+
+
+# -- turns --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "reference", "crosses"),
+    [
+        ([lambda t: 0.8 * np.sin(t)], 0.0, False),
+        ([lambda t: -2.5 + 0.3 * np.sin(2 * t)], -2.5, False),
+        ([lambda t: 3.1 + 0.01 * t, lambda t: -3.1 - 0.01 * t], np.pi, False),  # one pose, on either side of the seam
+        ([lambda t: 2.6 + 0.3 * t], 3.2 - 2 * np.pi, False),  # across it, to 3.8
+        ([lambda t: 0.1 * np.sin(9 * t), lambda t: 0.825 * t], 1.6, False),  # works at 0, reaches 3.3
+        ([lambda t: 1.7 * t], None, True),  # more than a turn: there is no place for a seam
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["delta", "absolute"])
+def test_one_reference_turn_for_all_episodes(mode, paths, reference, crosses):
+    """The seam lies where no training episode comes: states and absolute targets are continuous within and between
+    episodes, and a joint for which there is no such place is named."""
+    episodes = [sync(one_joint(path, joint=2), action_mode=mode) for path in paths]
+    references = angle_references(episodes)
+    if reference is not None:
+        assert abs(references[2] - reference) < 0.15 and np.abs(np.delete(references, 2)).max() == 0
+    for episode, path in zip(episodes, paths, strict=True):
+        refer_angles(episode, references, settings(Path("bags"), action_mode=mode))
+        assert episode.sync_report["joints_across_the_seam"] == (["elbow_joint"] if crosses else [])
+        t = (episode.time_ns - T0_NS) / 1e9
+        np.testing.assert_allclose(np.exp(1j * episode.state[:, 2]), np.exp(1j * path(t)), atol=1e-4)
+        if not crosses:
+            assert np.abs(np.diff(episode.state[:, 2])).max() < 0.1
+            assert np.abs(episode.state[:, 2] - references[2]).max() < np.pi
+        expected = episode.state[1:, 2] if mode == "absolute" else np.diff(path(t))
+        if not (crosses and mode == "absolute"):
+            np.testing.assert_allclose(episode.action[:-1, 2], expected, atol=1e-4)
+
+
+def test_a_pose_near_pi_has_one_target_and_its_motion_is_visible():
+    """Two episodes that hold the same pose, recorded as 3.1 and as -3.18 rad: with a reference of 0 their absolute
+    targets are a turn apart and hide a motion of 0.1 rad in a deviation of 3."""
+    paths = [lambda t: 3.1 + 0.1 * np.sin(3 * t), lambda t: 3.1 - 2 * np.pi + 0.1 * np.sin(3 * t)]
+    episodes = [sync(one_joint(path), action_mode="absolute") for path in paths]
+    assert compute_stats(episodes, "imagenet", "absolute")[0]["observation.state"]["std"][0] > 2
+    for episode in episodes:
+        refer_angles(episode, angle_references(episodes), settings(Path("bags"), action_mode="absolute"))
+    stats, _ = compute_stats(episodes, "imagenet", "absolute")
+    assert stats["action"]["std"][0] < 0.08 and stats["observation.state"]["std"][0] < 0.08
+    np.testing.assert_allclose(episodes[0].action, episodes[1].action, atol=1e-5)
+
+
+def test_unwrapped_joints_have_no_turn():
+    """With wrap_angles false nothing is shifted: neither states, nor actions, nor the report."""
+    plain = settings(Path("bags"), wrap_angles=False)
+    episode = sync(one_joint(turning), wrap_angles=False)
+    before = episode.state.copy(), episode.action.copy()
+    refer_angles(episode, np.full(6, 3.0), plain)
+    np.testing.assert_array_equal(episode.state, before[0])
+    np.testing.assert_array_equal(episode.action, before[1])

@@ -49,7 +49,7 @@ def test_the_checkpoint_is_the_seven_files_beside_the_training_state(finished: P
 
 
 def test_metrics_have_one_line_per_log_freq(finished: Path):
-    """step, loss, l1_loss, kl_loss, lr, grad_norm, samples_per_s, data_wait_fraction; the loss is their sum."""
+    """step, loss, l1_loss, kl_loss, lr, grad_norm, speeds, data_wait_fraction; the loss is their sum."""
     lines = metrics(finished)
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
@@ -231,25 +231,33 @@ def test_the_cosine_curve_point_by_point():
             expected = 1e-4 * (step + 1) / 10
         else:
             expected = 1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * (step - 10) / 89)) / 2
-        assert lr_factor(step, training) * 1e-4 == pytest.approx(expected, rel=1e-9), step
-    assert lr_factor(9, training) == lr_factor(10, training) == 1.0
-    assert lr_factor(99, training) * 1e-4 == pytest.approx(1e-6)
-    assert lr_factor(500, training) * 1e-4 == pytest.approx(1e-6)  # a run that is resumed past its end
+        assert lr_factor(step, training, 1e-4) * 1e-4 == pytest.approx(expected, rel=1e-9), step
+    assert lr_factor(9, training, 1e-4) == lr_factor(10, training, 1e-4) == 1.0
+    assert lr_factor(99, training, 1e-4) * 1e-4 == pytest.approx(1e-6)
+    assert lr_factor(500, training, 1e-4) * 1e-4 == pytest.approx(1e-6)  # a run that is resumed past its end
 
 
-def test_the_scheduler_keeps_the_groups_ratio():
-    """The backbone's learning rate stays its own multiple of lr at every step; `none` is constant."""
-    training = TrainingConfig(steps=20, lr=1e-4, lr_backbone=2e-5, warmup_steps=5, scheduler="cosine")
+def test_both_groups_end_at_min_lr():
+    """The backbone's rate has a peak of its own and the same last value, min_lr; `none` is constant."""
+    training = TrainingConfig(steps=20, lr=1e-4, lr_backbone=2e-5, min_lr=1e-6, warmup_steps=5, scheduler="cosine")
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.AdamW([{"params": weights[:1], "lr": 1e-4}, {"params": weights[1:], "lr": 2e-5}])
     scheduler = _build_scheduler(optimizer, training)
     for step in range(20):
         lr, lr_backbone = scheduler.get_last_lr()
-        assert lr == pytest.approx(1e-4 * lr_factor(step, training))
-        assert lr_backbone == pytest.approx(lr / 5)
+        assert lr == pytest.approx(1e-4 * lr_factor(step, training, 1e-4))
+        progress = min(1.0, max(0.0, (step - 5) / 14))
+        cosine = 1e-6 + (2e-5 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+        assert lr_backbone == pytest.approx(2e-5 * (step + 1) / 5 if step < 5 else cosine)
         optimizer.step()
         scheduler.step()
-    assert {lr_factor(s, TrainingConfig()) for s in range(10)} == {1.0}
+    assert lr == pytest.approx(1e-6) and lr_backbone == pytest.approx(1e-6)
+    assert {lr_factor(s, TrainingConfig(), 1e-5) for s in range(10)} == {1.0}
+
+
+def test_a_backbone_that_is_slower_than_min_lr_or_frozen_stays_so():
+    training = TrainingConfig(steps=20, min_lr=1e-6, warmup_steps=5, scheduler="cosine")
+    assert [lr_factor(19, training, peak) for peak in (1e-7, 0.0)] == [1.0, 1.0]
 
 
 def test_the_logged_learning_rate_is_the_one_used(sample_bags: Path, tmp_path: Path):
@@ -257,4 +265,4 @@ def test_the_logged_learning_rate_is_the_one_used(sample_bags: Path, tmp_path: P
     cosine = {"training__scheduler": "cosine", "training__warmup_steps": 2, "training__log_freq": 1}
     output = run(sample_bags, tmp_path, training__steps=4, **cosine)
     training = TrainingConfig(steps=4, lr=1e-4, warmup_steps=2, scheduler="cosine")
-    assert [m["lr"] for m in metrics(output)] == pytest.approx([1e-4 * lr_factor(s, training) for s in range(4)])
+    assert [m["lr"] for m in metrics(output)] == pytest.approx([1e-4 * lr_factor(s, training, 1e-4) for s in range(4)])

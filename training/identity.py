@@ -19,7 +19,7 @@ import torch
 
 from act_model import ACTConfig
 from lerobot_checkpoint import CheckpointError
-from rosbag_dataset import RESIZE_INTERPOLATION, Episode
+from rosbag_dataset import RESIZE_INTERPOLATION, BagSettings, Episode, angle_references, split_episodes
 
 from .errors import TrainingError
 from .ranks import World
@@ -27,6 +27,10 @@ from .ranks import World
 VERSION = "0.1.0"
 SOURCE = ("train.py", "act_model.py", "training", "rosbag_dataset", "lerobot_checkpoint")  # what trains
 Settings = Mapping[str, Mapping[str, Any]]
+
+# Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
+# must not go on as if nothing had happened. 1: af889aa and older, which trained on frames in gaps of the joints too.
+SAMPLE_ORDER = 2
 
 
 def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
@@ -47,10 +51,33 @@ def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
 # -- resuming -----------------------------------------------------------------------------------------------------
 
 
+def split(
+    episodes: Sequence[Episode], val_fraction: float, seed: int, was: Mapping[str, Any] | None
+) -> tuple[list[Episode], list[Episode]]:
+    """-> (training, held-out episodes): as in the run with the fingerprint `was` that goes on, else chosen anew."""
+    if was is None:
+        return split_episodes(episodes, val_fraction, seed)
+    held_out = was["held-out episodes"]
+    return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]
+
+
+def angle_reference(train: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None) -> list[float]:
+    """J angles in rad around which joints are wrapped, 0 for those that are not.
+
+    As in the run with the fingerprint `was` that goes on (older ones, which have none, wrapped around 0), else from the
+    training episodes.
+    """
+    if was is not None:
+        return was.get("angle_reference_rad", [0.0] * len(bags.joint_names))
+    wrapped = bags.revolute & bags.wrap_angles
+    return [float(angle) if wrap else 0.0 for angle, wrap in zip(angle_references(train), wrapped, strict=True)]
+
+
 def fingerprint(
     settings: Settings,
     act: ACTConfig,
     cameras: Mapping[str, str],
+    angle_reference_rad: Sequence[float],
     train: Sequence[Episode],
     held_out: Sequence[Episode],
 ) -> dict[str, Any]:
@@ -61,6 +88,9 @@ def fingerprint(
         **{f"data.{name}": settings["data"][name] for name in keys},
         **{f"conventions.{name}": value for name, value in settings["conventions"].items()},
         "cameras": dict(cameras),
+        "training.val_fraction": settings["training"]["val_fraction"],
+        "sample order": SAMPLE_ORDER,
+        "angle_reference_rad": list(angle_reference_rad),
         "training.seed": settings["training"]["seed"],
         "training episodes": {e.name: e.content_hash for e in train},
         "held-out episodes": {e.name: e.content_hash for e in held_out},
@@ -108,8 +138,25 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return texts
 
 
-def check_unchanged(was: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """A run may only resume from a checkpoint with its own fingerprint. Raises CheckpointError, naming what differs."""
+def check_unchanged(was: dict[str, Any], now: dict[str, Any], episodes: Sequence[Episode], checkpoint: Path) -> None:
+    """A run may only resume from a checkpoint with its own fingerprint.
+
+    One from before fingerprints had a sample order may go on where today's order is the same: where no frame lies in a
+    gap of the joints.
+
+    Raises:
+        CheckpointError: what differs, by name.
+    """
+    if "sample order" not in was:
+        dropped = {e.name: e.sync_report["dropped_in_joint_gaps"] for e in episodes}
+        if named := [name for name, frames in dropped.items() if frames]:
+            raise CheckpointError(
+                f"{checkpoint}: cannot resume, an older version made it, which also trained on the "
+                f"{sum(dropped.values())} frames in gaps of the joints of {', '.join(named[:5])}; start a new run in "
+                "another training.output_dir, or finish this one with the older version"
+            )
+        since = ("sample order", "angle_reference_rad", "training.val_fraction")
+        was = was | {name: now[name] for name in since}
     if changed := differences(was, now):
         raise CheckpointError(
             f"{checkpoint}: cannot resume, the run has changed: {'; '.join(changed)}; set it back, or start a "
@@ -132,22 +179,24 @@ def check_same_on_all_ranks(mine: dict[str, Any], world: World) -> None:
 def robot_contract(
     settings: Settings,
     cameras: Mapping[str, str],
-    revolute: Sequence[bool],
+    joints: Mapping[str, Sequence[Any]],
     train: Sequence[Episode],
     held_out: Sequence[Episode],
 ) -> dict[str, Any]:
     """train_config.json: what a robot must know to feed this policy and to act on its output, and all settings.
 
-    `revolute` says of each joint whether it is an angle.
+    `joints` says of each joint whether it is an angle ("revolute") and around what it is wrapped
+    ("angle_reference_rad").
     """
     data, conventions = settings["data"], settings["conventions"]
     no_signs = [1.0] * settings["model"]["state_dim"]
     return {
         "action_mode": conventions["action_mode"],
         "joint_names": data["joint_names"],
-        "revolute": list(revolute),
+        "revolute": list(joints["revolute"]),
         "joint_sign": conventions["joint_sign"] if conventions["apply_joint_sign"] else no_signs,
         "wrap_angles": conventions["wrap_angles"],
+        "angle_reference_rad": list(joints["angle_reference_rad"]),
         "fps": data["fps"],
         "image_resize": conventions["image_resize"],
         "image_resize_interpolation": RESIZE_INTERPOLATION,

@@ -1,4 +1,4 @@
-"""The end of a run: one screen of text, summary.json, and a picture a person looks at before reading anything.
+"""What a run says first, and its end: one screen of text, summary.json, and a picture to look at before reading.
 
 The picture (with the extra `plots` installed): loss curves; what the camera saw; and, on one episode, the action the
 policy predicts at each recorded frame against the action that was recorded, per joint.
@@ -107,6 +107,27 @@ def draw(
     return str(path)
 
 
+def print_opening(
+    model: str, training: Any, effective_batch: int, step: int, samples: int, episodes: int, held_out: Sequence[Episode]
+) -> None:
+    """Print what will be trained, on what and for how long; `training` is that section of the configuration."""
+    names = ", ".join(e.name for e in held_out) or "none"
+    print(
+        f"training {model} for {training.steps} steps; effective batch {effective_batch} = {training.batch_size} per "
+        f"GPU x {effective_batch // training.batch_size}; {samples} samples from {episodes} episodes, {len(held_out)} "
+        f"held out ({names})",
+        flush=True,
+    )
+    if step >= training.steps:
+        print(f"nothing left to train: the run is at step {step}, training.steps is {training.steps}")
+
+
+def _wall_rate(training: Sequence[Mapping[str, Any]]) -> float | None:
+    """Samples per second of the wall clock, saving and validation included, over lines of one log_freq each."""
+    rates = [line["samples_per_s_wall"] for line in training if "samples_per_s_wall" in line]  # older lines have none
+    return len(rates) / sum(1 / rate for rate in rates) if rates and all(rates) else None
+
+
 def report_sync(
     output_dir: Path, episodes: Sequence[Episode], skipped: Sequence[dict[str, str]], held_out: Sequence[Episode]
 ) -> None:
@@ -184,6 +205,7 @@ def finish(
         "loss_last": training[-1]["loss"] if training else None,
         "val_l1_last": validation[-1]["val_l1_loss"] if validation else None,
         "samples_per_s": float(np.median([m["samples_per_s"] for m in training])) if training else None,
+        "samples_per_s_wall": _wall_rate(training),
         "checkpoint": str(output_dir / "last" / "pretrained_model"),
         "picture": picture,
     }
@@ -195,7 +217,10 @@ def finish(
             ("loss", f"{first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}")
         )
         waiting = np.mean([m["data_wait_fraction"] for m in training])
-        lines.append(("speed", f"{summary['samples_per_s']:.1f} samples/s, {waiting:.1%} of it waiting for data"))
+        wall = (
+            "" if summary["samples_per_s_wall"] is None else f"; {summary['samples_per_s_wall']:.1f} by the wall clock"
+        )
+        lines.append(("speed", f"{summary['samples_per_s']:.1f} samples/s, {waiting:.1%} of it waiting for data{wall}"))
     if validation:
         best = min(validation, key=lambda m: m["val_l1_loss"])
         text = f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})"

@@ -4,7 +4,7 @@ Our trainer writes it into the checkpoint (train_config.json). A checkpoint that
 angles or deltas, so a person has to: `said` below, flags on the command line.
 
 Everything here is in the policy's convention: joints in the policy's order, sign applied, angles wrapped when the
-policy was trained so. state_from_robot() and action_to_robot() are the two doors to the robot's own.
+policy was trained so. state_from_robot() and command_to_robot() are the two doors to the robot's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" 
 ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)
 WARM_UP_INFERENCES = 3  # the first ones allocate, choose kernels and compile: measured apart
 ACTION_MODES = ("delta", "absolute")
+FLOAT32_ROUNDING_RAD = 1e-6  # of angles of a few turns: a state that training stored just below pi stays there
 
 
 class PolicyError(Exception):
@@ -40,8 +41,9 @@ class RobotContract:
         action_mode: "delta" (rad per frame) or "absolute" (rad).
         joint_names: the state's J joints, in order; None when neither checkpoint nor dataset names them.
         joint_sign: J factors of +1 or -1 that were applied to the robot's joints before training.
-        wrap_angles: revolute joints were wrapped to (-pi, pi].
+        wrap_angles: revolute joints were wrapped, to within half a turn of angle_reference_rad.
         revolute: (J,) which joints are angles; all False when it is not known and nothing is wrapped.
+        angle_reference_rad: (J,) see rosbag_dataset's refer_angles(); 0 in checkpoints that do not say.
         fps: frames per second of the training data, None when the checkpoint does not say.
         image_resize: (H, W) that camera images were resized to, None when they were used as they came.
         cameras: camera -> (H, W) of what the network sees, in its order.
@@ -56,6 +58,7 @@ class RobotContract:
     joint_sign: tuple[float, ...]
     wrap_angles: bool
     revolute: tuple[bool, ...]
+    angle_reference_rad: tuple[float, ...]
     fps: float | None
     image_resize: tuple[int, int] | None
     cameras: dict[str, tuple[int, int]]
@@ -82,19 +85,32 @@ class RobotContract:
         return np.array(self.revolute) & self.wrap_angles
 
     def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
-        """Angles (..., J) as in training: the revolute joints in (-pi, pi], if training wrapped them.
+        """Angles (..., J) as in training: within half a turn of their reference, if training wrapped them.
 
-        Other joints, and angles that already lie in that range, are returned unchanged, bit for bit.
+        Other joints, and angles that already lie in that range, up to float32's rounding, are returned unchanged.
         """
-        outside = np.abs(angle_rad) > np.float32(np.pi)
-        return np.where(outside & self._wrapped, wrap_to_pi(angle_rad), angle_rad)
+        reference = np.array(self.angle_reference_rad)
+        outside = np.abs(angle_rad - reference) > np.pi + FLOAT32_ROUNDING_RAD
+        return np.where(outside & self._wrapped, wrap_to_pi(angle_rad, reference), angle_rad)
 
     def difference(self, a_rad: np.ndarray, b_rad: np.ndarray) -> np.ndarray:
         """(..., J) a - b; for wrapped joints the shortest way around."""
         return np.where(self._wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
 
+    def beside(self, action: np.ndarray, other_rad: np.ndarray) -> np.ndarray:
+        """Actions (..., J) on the turn nearest to `other_rad`: whole turns are added to wrapped joints' positions.
+
+        A pose is the same a turn further, for the robot and for an error. Deltas are returned as they are.
+        """
+        if self.action_mode == "delta":
+            return action
+        turns = np.round((other_rad - action) / (2 * np.pi)) * self._wrapped
+        return np.where(turns == 0, action, action + 2 * np.pi * turns)
+
     def state_from_robot(self, names: Sequence[str], position_rad: Sequence[float]) -> np.ndarray:
-        """A JointState's names and positions, in any order -> (J,) float32 state for PolicyRunner.predict().
+        """A JointState's names and positions, in any order -> (J,) float64 for PolicyRunner.predict(), rad.
+
+        In the policy's order and sign, on the robot's own turn: predict() wraps, command_to_robot() counts from here.
 
         Raises:
             PolicyError: the contract names no joints, or one of them is not among `names`.
@@ -106,12 +122,50 @@ class RobotContract:
         by_name = dict(zip(names, position_rad, strict=True))
         if missing := [name for name in self.joint_names if name not in by_name]:
             raise PolicyError(f"joints {', '.join(missing)} are missing; the robot sent {', '.join(names)}")
-        state = np.array([by_name[name] for name in self.joint_names], np.float64) * self.joint_sign
-        return self.wrap(state).astype(np.float32)
+        return np.array([by_name[name] for name in self.joint_names], np.float64) * self.joint_sign
 
-    def action_to_robot(self, action: np.ndarray) -> np.ndarray:
-        """(J,) action of the policy -> the same in the robot's own signs (still delta or absolute)."""
-        return action * np.asarray(self.joint_sign, action.dtype)
+    def command_to_robot(self, action: np.ndarray, from_rad: np.ndarray) -> np.ndarray:
+        """The joint positions that an action asks for, in the robot's own signs and on its own turn.
+
+        A delta is added to `from_rad`. An absolute action names a pose, which a joint that turns on has at many angles:
+        of those inside the joint's limits the one nearest to `from_rad` is taken, so that no joint is sent around.
+
+        Args:
+            action: (J,) of PolicyRunner.predict().
+            from_rad: (J,) where the joints are, of state_from_robot(); for deltas between two inferences better the
+                position commanded last, from which a lagging arm loses nothing.
+
+        Returns:
+            (J,) float64, rad, in the order of joint_names.
+
+        Raises:
+            PolicyError: no such angle lies inside a joint's limits.
+        """
+        low, high = self.joint_limits_rad
+        action = action.astype(np.float64)
+        if self.action_mode == "delta":
+            target = from_rad + action
+        else:
+            target, turn = self.beside(action, from_rad), 2 * np.pi * self._wrapped
+            target = np.where(target > high, target - turn, np.where(target < low, target + turn, target))
+        for j in np.flatnonzero((target < low) | (target > high)):
+            raise PolicyError(
+                f"{self.joint_labels[j]} would go to {target[j]:.3f} rad, outside its limits {low[j]:.3f} to "
+                f"{high[j]:.3f} rad (the policy's sign); it must not reach a robot"
+            )
+        return target * self.joint_sign
+
+    @property
+    def joint_limits_rad(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lowest, highest), each (J,): the UR10e's own joint limits, and none for a joint that is not the arm's.
+
+        From Universal Robots' description of the UR10e: two turns, one for the elbow; the same in both signs.
+        """
+        names = self.joint_names or ("",) * len(self.joint_sign)
+        high = np.array([
+            np.pi if n.endswith("elbow_joint") else 2 * np.pi if n.endswith(UR_JOINTS) else np.inf for n in names
+        ])  # fmt: skip
+        return -high, high
 
 
 def has_contract(checkpoint: Path) -> bool:
@@ -176,6 +230,7 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         joint_sign=(1.0,) * state_dim,
         wrap_angles=said["wrap_angles"],
         revolute=revolute,
+        angle_reference_rad=(0.0,) * state_dim,
         fps=None,
         image_resize=tuple(resize) if resize else None,
         cameras=shapes,
@@ -197,6 +252,7 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
             joint_sign=tuple(float(sign) for sign in content["joint_sign"]),
             wrap_angles=content["wrap_angles"],
             revolute=tuple(content["revolute"]),
+            angle_reference_rad=tuple(content.get("angle_reference_rad", [0.0] * len(content["joint_names"]))),
             fps=float(content["fps"]),
             image_resize=tuple(content["image_resize"]) if content["image_resize"] else None,
             cameras=policy.image_shapes,
@@ -211,7 +267,7 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
             f"{where}: not the contract that train.py writes ({error!r}); use a complete checkpoint"
         ) from None
     joints = policy.act_config.state_dim
-    for name in ("joint_names", "joint_sign", "revolute"):
+    for name in ("joint_names", "joint_sign", "revolute", "angle_reference_rad"):
         if len(getattr(contract, name)) != joints:
             raise PolicyError(
                 f"{where}: {len(getattr(contract, name))} {name}; {CONFIG_FILE} has {joints} joints in the state"

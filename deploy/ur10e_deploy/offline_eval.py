@@ -87,7 +87,7 @@ def evaluate_episode(
     has_action = np.all(np.isfinite(data.action), axis=1)
     run_stop = _run_stops(has_action, data.segment)
     shown = set(np.linspace(frames.start, max(frames.start, frames.stop - 1), THUMBNAILS).round().astype(int).tolist())
-    cameras = list(runner.contract.cameras)
+    contract, cameras = runner.contract, list(runner.contract.cameras)
     kept, predicted, seconds, inferred, path, thumbnails = [], [], [], [], [], []
     for frame in source.frames(data.index, frames.start, frames.stop):
         t = frame.index
@@ -103,7 +103,8 @@ def evaluate_episode(
                 rollout.start(data.state_rad[t])
         step = runner.step(data.state_rad[t], images)
         if step.chunk is not None:
-            chunk_errors.add(step.chunk, data.action[t : min(run_stop[t], t + len(step.chunk))])
+            recorded = data.action[t : min(run_stop[t], t + len(step.chunk))]
+            chunk_errors.add(step.chunk, contract.beside(recorded, step.chunk[: len(recorded)]))
         kept.append(t)
         predicted.append(step.action)
         seconds.append(step.seconds)
@@ -112,14 +113,15 @@ def evaluate_episode(
             path.append(rollout.position_rad)
             rollout.step(images)
     joints = data.state_rad.shape[1]
+    actions = np.array(predicted, np.float32).reshape(-1, joints)
     return EpisodeResult(
         index=data.index,
         name=data.name,
         frame=np.array(kept, np.int64),
         timestamp_s=data.timestamp_s[kept],
         state_rad=data.state_rad[kept],
-        predicted=np.array(predicted, np.float32).reshape(-1, joints),
-        recorded=data.action[kept],
+        predicted=actions,
+        recorded=contract.beside(data.action[kept], actions).astype(np.float32),
         seconds=np.array(seconds),
         inferred=np.array(inferred, bool),
         segment=data.segment[kept],
@@ -252,7 +254,7 @@ def open_bags(args: argparse.Namespace, contract: RobotContract) -> BagSource:
     """
     training_cache = Path(contract.data_settings["cache_dir"])
     cache = args.cache_dir or (training_cache if training_cache.is_dir() else Path("outputs/frame-cache"))
-    return BagSource(args.bags, contract.data_settings, cache)
+    return BagSource(args.bags, contract.data_settings, cache, contract.angle_reference_rad)
 
 
 class ArgumentParser(argparse.ArgumentParser):

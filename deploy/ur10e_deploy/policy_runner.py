@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from act_model import ACTION, STATE, TemporalEnsembler, describe_mismatch
+from act_model import ACTION, STATE, TemporalEnsembler, describe_mismatch, full_float32
 from lerobot_checkpoint import (
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
@@ -130,7 +130,8 @@ class LeRobotBackend:
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
         """Actions (1, chunk, J) for a raw observation, through LeRobot's own normalisation."""
-        return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
+        with full_float32():
+            return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
 
     def _check_against(self, policy: LoadedPolicy, device: torch.device) -> None:
         """Normalised exactly once? Then one observation, far from zero, gives the actions that ours gives."""
@@ -140,8 +141,7 @@ class LeRobotBackend:
         observation = {STATE: state["mean"] + state["std"] * joints}
         for camera, shape in policy.image_shapes.items():
             observation[image_key(camera)] = torch.rand(1, 3, *shape, generator=generator).to(device)
-        # TF32 convolutions, a GPU's default, round by far more than the two differ; and algorithms are chosen apart.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode():
             ours, theirs = policy.predict_chunk(observation), self.chunk(observation).to(device)
         std = policy.normalizer.stats[ACTION]["std"].clamp(min=1e-12)
         sigma = float(((ours - theirs).abs() / std).max()) if ours.shape == theirs.shape else float("nan")
@@ -363,7 +363,7 @@ class PolicyRunner:
             named = self.contract.joint_names or [f"joint {i}" for i in range(len(state))]
             bad = ", ".join(f"{n} {v}" for n, v in zip(named, state, strict=True) if not np.isfinite(v))
             raise PolicyError(f"the state is not finite: {bad}; the policy was not asked")
-        return self.contract.wrap(state.astype(np.float32))
+        return self.contract.wrap(state.astype(np.float64)).astype(np.float32)
 
     def _check_images(self, images: Mapping[str, np.ndarray]) -> None:
         cameras = self.contract.cameras

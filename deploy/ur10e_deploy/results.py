@@ -41,7 +41,7 @@ def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
     """
     if contract.action_mode == "delta":
         return np.zeros_like(result.recorded)
-    return (result.recorded - contract.difference(result.recorded, result.state_rad)).astype(np.float32)
+    return contract.beside(result.state_rad, result.recorded).astype(np.float32)
 
 
 def errors(predicted: np.ndarray, recorded: np.ndarray, joints: Sequence[str]) -> dict[str, Any]:

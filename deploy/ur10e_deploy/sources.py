@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,14 +155,23 @@ class BagSource:
         values: the merged `data` and `conventions` of the checkpoint's train_config.json: topics, joints, fps, resize,
             sign, wrapping, action mode. Its bag_dir and cache_dir are ignored.
         cache_dir: folder for decoded frames.
+        angle_reference_rad: the contract's, around which angles are wrapped; None is 0 for each joint.
         progress: show a progress bar while decoding, when stderr is a terminal.
 
     Raises:
         SourceError: no bags there, or `values` lack a setting.
     """
 
-    def __init__(self, bag_dir: Path, values: Mapping[str, Any], cache_dir: Path, progress: bool = True) -> None:
+    def __init__(
+        self,
+        bag_dir: Path,
+        values: Mapping[str, Any],
+        cache_dir: Path,
+        angle_reference_rad: Sequence[float] | None = None,
+        progress: bool = True,
+    ) -> None:
         self._dir = Path(bag_dir)
+        self._angle_reference_rad = None if angle_reference_rad is None else np.array(angle_reference_rad)
         with self._bag_errors("the checkpoint's settings"):
             self._settings = settings_from({**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)})
         try:
@@ -279,7 +288,7 @@ class BagSource:
                 ) as bar:  # fmt: skip
                     build_entry(bag, key, settings, lambda images, size: bar.update(images))
                 recording = load_entry(entry, cameras)
-            episode = synchronise(bag.name, recording, settings)
+            episode = synchronise(bag.name, recording, settings, self._angle_reference_rad)
         first = next(iter(self._loaded.values()), episode)
         if episode.image_shape != first.image_shape:
             raise SourceError(
