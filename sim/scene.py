@@ -40,14 +40,22 @@ class Camera:
     R: np.ndarray
     t: np.ndarray
 
+    @property
+    def position_m(self):
+        """Where the camera stands: (3,) m."""
+        return -self.R.T @ self.t
+
     def project(self, points_m):
         """World points (..., 3) m, in front of the camera, to pixels (..., 2) float64 (x, y)."""
         in_camera = points_m @ self.R.T + self.t
         return in_camera[..., :2] / in_camera[..., 2:] * self.K[[0, 1], [0, 1]] + self.K[:2, 2]
 
 
-def camera(height=CALIBRATED_HEIGHT, width=CALIBRATED_WIDTH):
-    """The fixed camera with its calibration scaled to `height` x `width` pixels, as resizing its image would."""
+def camera(height=CALIBRATED_HEIGHT, width=CALIBRATED_WIDTH, shift_m=(0.0, 0.0, 0.0)):
+    """The fixed camera with its calibration scaled to `height` x `width` pixels, as resizing its image would.
+
+    `shift_m` (3,) m moves it from its place without turning it.
+    """
     scale_x, scale_y = width / CALIBRATED_WIDTH, height / CALIBRATED_HEIGHT
     K = np.array(
         [
@@ -59,18 +67,19 @@ def camera(height=CALIBRATED_HEIGHT, width=CALIBRATED_WIDTH):
     ahead = _unit(CAMERA_TARGET_M - CAMERA_POSITION_M)
     right = _unit(np.cross(ahead, [0.0, 0.0, 1.0]))
     R = np.stack([right, np.cross(ahead, right), ahead])
-    return Camera(height, width, K, R, -R @ CAMERA_POSITION_M)
+    return Camera(height, width, K, R, -R @ (CAMERA_POSITION_M + shift_m))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What differs between episodes: the block and the light. Colours are RGB, 0 to 255."""
+    """What differs between episodes: the block, the light, the camera's place. Colours are RGB, 0 to 255."""
 
     block_xy_m: tuple
     block_yaw_rad: float
     block_rgb: tuple
     light: tuple  # unit vector towards the light
     brightness: float
+    camera_shift_m: tuple = (0.0, 0.0, 0.0)  # from where it was calibrated
 
 
 def random_scene(rng):
@@ -91,9 +100,10 @@ class Renderer:
 
     def __init__(self, scene, height=CALIBRATED_HEIGHT, width=CALIBRATED_WIDTH):
         self.scene = scene
-        self.camera = camera(height, width)
+        self.camera = camera(height, width, scene.camera_shift_m)
         oversampling = -(-CALIBRATED_HEIGHT // height)
-        self._canvas = camera(height * oversampling, width * oversampling)
+        self._canvas = camera(height * oversampling, width * oversampling, scene.camera_shift_m)
+        self._camera_m = self.camera.position_m
         self._light = np.array(scene.light)
         self._block_corners = block_corners(scene)
         self._background, self._table_mask = self._draw_background()
@@ -101,13 +111,13 @@ class Renderer:
     def render(self, q_rad):
         """The camera's image at joint angles `q_rad` (6,) rad: (H, W, 3) uint8 RGB."""
         start, end, radius, colours, lids = _arm_cylinders(link_frames(q_rad))
-        circles = _cylinder_circles(start, end, radius, self._light)  # (N, layers, 2 ends, points, 3)
+        circles = _cylinder_circles(start, end, radius, self._light, self._camera_m)  # (N, layers, 2 ends, points, 3)
 
         image = self._shade_table([*circles[:, 0].reshape(len(circles), -1, 3), self._block_corners])
 
         pixels = self._canvas.project(circles)
         middles = np.vstack([(start + end) / 2, self._block_corners.mean(axis=0)])
-        distance = np.linalg.norm(middles - CAMERA_POSITION_M, axis=1)
+        distance = np.linalg.norm(middles - self._camera_m, axis=1)
         for i in np.argsort(-distance):
             if i == len(start):
                 self._draw_block(image)
@@ -122,7 +132,7 @@ class Renderer:
             self._fill(image, cv2.convexHull(layer.reshape(-1, 2).astype(np.float32)), rgb, brightness)
         axis = _unit(end - start)
         for circle, centre, normal in ((pixels[0, 0], start, -axis), (pixels[0, 1], end, axis)):
-            if lid is not None and normal @ (CAMERA_POSITION_M - centre) > 0:
+            if lid is not None and normal @ (self._camera_m - centre) > 0:
                 self._fill(image, circle, lid, 0.62 + 0.4 * max(normal @ self._light, 0.0))
 
     def _draw_block(self, image):
@@ -131,7 +141,7 @@ class Renderer:
         for face in ((0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7), (4, 5, 6, 7)):
             centre = c[list(face)].mean(axis=0)
             normal = _unit(centre - middle)
-            if normal @ (CAMERA_POSITION_M - centre) > 0:
+            if normal @ (self._camera_m - centre) > 0:
                 shade = 0.62 + 0.45 * max(normal @ self._light, 0.0)
                 self._fill(image, self._canvas.project(c[list(face)]), self.scene.block_rgb, shade)
 
@@ -210,13 +220,13 @@ def _arm_cylinders(frames):
     return np.array(start), np.array(end), np.array(radius), colours, lids
 
 
-def _cylinder_circles(start, end, radius, light):
+def _cylinder_circles(start, end, radius, light, camera_m):
     """End circles of every painted layer of N cylinders: (N, layers, 2 ends, points, 3) m.
 
     Layer 0 is the cylinder itself; the others lie inside it, shifted towards the light and the camera.
     """
     axis = _unit(end - start)
-    to_camera = _unit(CAMERA_POSITION_M - (start + end) / 2)
+    to_camera = _unit(camera_m - (start + end) / 2)
     bright = to_camera + 0.9 * light
     bright = _unit(bright - np.sum(bright * axis, axis=1, keepdims=True) * axis)
     across = np.cross(axis, bright)

@@ -167,6 +167,19 @@ class RobotContract:
         ])  # fmt: skip
         return -high, high
 
+    def joint_command(self, action: np.ndarray, last_command_rad: np.ndarray) -> np.ndarray:
+        """What to command for an action: (J,) float64 joint positions, rad, in the policy's order and signs.
+
+        A delta is the difference of two measured states one frame apart. It is added to the last command, not to the
+        measured state: an arm that lags would otherwise make only a part of every step, and the sum of a chunk's
+        deltas would be lost. At an episode's start the last command is the measured state.
+
+        Args:
+            action: (J,) of PolicyRunner.
+            last_command_rad: (J,) what was commanded one frame ago.
+        """
+        return last_command_rad + action if self.action_mode == "delta" else action.astype(np.float64)
+
 
 def has_contract(checkpoint: Path) -> bool:
     """Whether our trainer wrote into this checkpoint what its robot must know.

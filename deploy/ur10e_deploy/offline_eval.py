@@ -54,7 +54,6 @@ class Rollout:
 
     def __init__(self, runner: PolicyRunner) -> None:
         self._runner = runner.fork()  # with a queue and a latency of its own
-        self._delta = runner.contract.action_mode == "delta"
 
     def start(self, state_rad: np.ndarray) -> None:
         """Begin anew at the recorded joint state (J,), with an empty action queue."""
@@ -63,8 +62,7 @@ class Rollout:
 
     def step(self, images: Mapping[str, np.ndarray]) -> None:
         """Ask the policy at position_rad with this frame's recorded images, and move position_rad by its answer."""
-        action = self._runner.predict(self.position_rad, images)
-        self.position_rad = self.position_rad + action if self._delta else action.astype(np.float64)
+        self.position_rad = self._runner.command(self.position_rad, images)
 
 
 def evaluate_episode(

@@ -2,7 +2,7 @@
 
     runner = PolicyRunner("outputs/train-rosbag-act")             # the output directory's `last`, or any checkpoint
     runner.reset()                                                # at the start of every episode
-    action = runner.predict(state_rad, {"color": image})          # (J,) float32, rad or rad per frame
+    target_rad = runner.command(state_rad, {"color": image})      # (J,) joint positions to command, rad
     print(runner.latency())
 
 Two backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed, and ours, which needs
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,13 +46,15 @@ BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native"), ("auto", "cpu", "cuda"
 # How far LeRobot's actions may be from ours on the same observation, in standard deviations of the action. Rounding
 # is near 1e-6 (float32); a normalisation that is missing or applied twice is off by about 1.
 SAME_ACTIONS_SIGMA = 1e-3
+# Observations in one inference of step_together: larger batches need memory and are not faster.
+BATCH = 32
 
 
 class CannotLoad(PolicyError):
     """The installed LeRobot, or its absence, and this checkpoint do not go together; the other backend may do."""
 
 
-# -- backends: raw observation (a batch of one) -> (1, chunk, J) actions in the robot's units ----------------------
+# -- backends: raw observations (a batch of B) -> (B, chunk, J) actions in the robot's units ----------------------
 
 
 class NativeBackend:
@@ -64,7 +66,7 @@ class NativeBackend:
         self._policy = policy
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Actions (1, chunk, J) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
+        """Actions (B, chunk, J) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
         return self._policy.predict_chunk(observation)
 
 
@@ -129,7 +131,7 @@ class LeRobotBackend:
         self._check_against(policy, device)
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Actions (1, chunk, J) for a raw observation, through LeRobot's own normalisation."""
+        """Actions (B, chunk, J) for a raw observation, through LeRobot's own normalisation."""
         with full_float32():
             return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
 
@@ -200,11 +202,13 @@ class ControlStep:
     Attributes:
         action: (J,) float32.
         chunk: (chunk, J) float32, all that was predicted; None when the action came from the queue.
+        command_rad: (J,) float64, the joint positions to command: see RobotContract.joint_command.
         seconds: from joint state and camera images to action.
     """
 
     action: np.ndarray
     chunk: np.ndarray | None
+    command_rad: np.ndarray
     seconds: float
 
 
@@ -275,9 +279,10 @@ class PolicyRunner:
         self._warm_up()
 
     def reset(self) -> None:
-        """Forget queued actions and past predictions: call at the start of every episode."""
+        """Forget queued actions, past predictions and the last command: call at the start of every episode."""
         self._queue: deque[np.ndarray] = deque()
         self._ensembler = TemporalEnsembler(self.ensemble_m)
+        self._command_rad: np.ndarray | None = None
 
     def fork(self) -> PolicyRunner:
         """Another runner on the same loaded policy, with a queue and a latency of its own."""
@@ -305,19 +310,22 @@ class PolicyRunner:
         """predict(), and what it did and took."""
         began_s = self._now_s()
         state = self._checked_state(state_rad)
-        self._check_images(images)
-        if self.mode == "chunk" and self._queue:
-            chunk, action = None, self._queue.popleft()
-        else:
-            chunk = self._infer(state, images)
-            action = chunk[0]
-            if self.mode == "chunk":
-                self._queue.extend(chunk[1 : self.n_action_steps])
-            elif self.mode == "ensemble":
-                action = self._ensembler.update(torch.from_numpy(chunk)[None])[0].numpy()
+        if self.needs_images or images:
+            self._check_images(images)
+        chunk = self._infer(state, images) if self.needs_images else None
+        action, command_rad = self._advance(state_rad, chunk)
         seconds = self._now_s() - began_s
         (self._latency.cached_pop_s if chunk is None else self._latency.inference_s).append(seconds)
-        return ControlStep(action.copy(), chunk, seconds)
+        return ControlStep(action, chunk, command_rad, seconds)
+
+    def command(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """predict(), as (J,) float64 joint positions to command, rad: see RobotContract.joint_command."""
+        return self.step(state_rad, images).command_rad
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the next step looks at its images; when the queue answers, an empty mapping will do."""
+        return not (self.mode == "chunk" and self._queue)
 
     def predict_chunk(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
         """(chunk, J) float32: all that the policy predicts from here; leaves queue, ensemble and latency alone."""
@@ -336,6 +344,20 @@ class PolicyRunner:
         return self._latency.report()
 
     # What it is made of.
+
+    def _advance(self, state_rad: np.ndarray, chunk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The action for now, from a new chunk or else from the queue, and the joint positions to command for it."""
+        if chunk is None:
+            action = self._queue.popleft()
+        elif self.mode == "ensemble":
+            action = self._ensembler.update(torch.from_numpy(chunk)[None])[0].numpy()
+        else:
+            action = chunk[0]
+            if self.mode == "chunk":
+                self._queue.extend(chunk[1 : self.n_action_steps])
+        last_rad = np.asarray(state_rad, np.float64) if self._command_rad is None else self._command_rad
+        self._command_rad = self.contract.joint_command(action, last_rad)
+        return action.copy(), self._command_rad
 
     def _now_s(self) -> float:
         if self.device.type == "cuda":
@@ -379,19 +401,57 @@ class PolicyRunner:
                     f"{cameras[camera][0]}x{cameras[camera][1]} (HxW) and never resized"
                 )
 
-    @torch.inference_mode()
     def _infer(self, state: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
-        observation = {STATE: torch.from_numpy(state)[None].to(self.device)}
+        return self._infer_batch([(state, images)])[0]
+
+    @torch.inference_mode()
+    def _infer_batch(self, observed: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> np.ndarray:
+        """(B, chunk, J) float32 for B checked states (J,) and images."""
+        observation = {STATE: torch.from_numpy(np.stack([state for state, _ in observed])).to(self.device)}
         for camera in self.contract.cameras:
-            image = np.ascontiguousarray(resize_image(images[camera], self.contract.image_resize))
-            pixels = torch.from_numpy(image).to(self.device)  # travels as bytes
-            observation[image_key(camera)] = pixels.permute(2, 0, 1)[None].float() / 255
-        chunk = self._backend.chunk(observation)[0].float().cpu().numpy()
-        if not np.isfinite(chunk).all():
+            resized = [resize_image(images[camera], self.contract.image_resize) for _, images in observed]
+            pixels = torch.from_numpy(np.stack(resized)).to(self.device)  # travels as bytes
+            observation[image_key(camera)] = pixels.permute(0, 3, 1, 2).float() / 255
+        chunks = self._backend.chunk(observation).float().cpu().numpy()
+        if not np.isfinite(chunks).all():
             raise PolicyError(
                 "the policy's actions are not finite; they must not reach a robot: use another checkpoint"
             )
-        return chunk
+        return chunks
+
+
+def step_together(
+    runners: Sequence[PolicyRunner], states_rad: Sequence[np.ndarray], images: Sequence[Mapping[str, np.ndarray]]
+) -> list[ControlStep]:
+    """PolicyRunner.step for N forks of one runner, which share inferences of up to BATCH observations.
+
+    Each gets the action that it would get alone, up to rounding. For simulations and evaluations: the steps' `seconds`
+    are those of all together, and no runner's latency() counts them.
+
+    Args:
+        runners: N forks of one runner; each keeps its own queue, ensemble and last command.
+        states_rad: N states (J,), rad.
+        images: N mappings as of PolicyRunner.predict; those of runners that do not need images may be empty.
+
+    Raises:
+        PolicyError: as PolicyRunner.step.
+    """
+    began_s = time.perf_counter()
+    asked = [i for i, runner in enumerate(runners) if runner.needs_images]
+    states = [runner._checked_state(state) for runner, state in zip(runners, states_rad, strict=True)]
+    for i in asked:
+        runners[i]._check_images(images[i])
+    observed = [(states[i], images[i]) for i in asked]
+    chunks: dict[int, np.ndarray] = {}
+    for first in range(0, len(asked), BATCH):
+        found = runners[0]._infer_batch(observed[first : first + BATCH])
+        chunks.update(zip(asked[first : first + BATCH], found, strict=True))
+    answers = [
+        (chunks.get(i), *runner._advance(state, chunks.get(i)))
+        for i, (runner, state) in enumerate(zip(runners, states_rad, strict=True))
+    ]
+    seconds = time.perf_counter() - began_s
+    return [ControlStep(action, chunk, command_rad, seconds) for chunk, action, command_rad in answers]
 
 
 def _device(name: str) -> torch.device:

@@ -28,7 +28,6 @@ from .policy_runner import PolicyRunner
 from .sources import EpisodeSource
 
 DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of so much time since their start
-# What an evaluation writes: only a directory with nothing else in it is written over.
 RESULT_FILE = re.compile(
     r"report\.html|summary\.json|overview\.png|all_episodes\.parquet|episode_\d+(_rollout)?\.(parquet|png)"
 )
@@ -137,16 +136,21 @@ def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) 
 class Output:
     """The output directory. Every file is complete under its name or not there (written beside it, then renamed).
 
+    Args:
+        folder: the directory, which need not be there yet.
+        files: what an evaluation of this kind writes: only a directory with nothing else in it is written over.
+        last: the file that is written last.
+
     Raises:
         EvalError: the directory holds something else than an earlier evaluation.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, files: re.Pattern[str] = RESULT_FILE, last: str = "summary.json") -> None:
+        self.folder, self._last = folder, last
         if folder.exists() and not folder.is_dir():
             raise EvalError(f"--output {folder}: is a file; name a folder")
         self._earlier = sorted(p for p in folder.glob("*") if not p.name.startswith(".")) if folder.is_dir() else []
-        foreign = [p.name for p in self._earlier if not RESULT_FILE.fullmatch(p.name)]
+        foreign = [p.name for p in self._earlier if not files.fullmatch(p.name)]
         if foreign:
             raise EvalError(
                 f"--output {folder}: holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no "
@@ -154,9 +158,9 @@ class Output:
             )
 
     def clear(self) -> bool:
-        """Make the folder, and remove an earlier evaluation, summary.json first; -> whether there was one."""
+        """Make the folder, and remove an earlier evaluation, its last file first; -> whether there was one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._earlier, key=lambda p: p.name != "summary.json"):
+        for path in sorted(self._earlier, key=lambda p: p.name != self._last):
             path.unlink()
         for path in self.folder.glob(".*.partial"):  # of one that was killed
             path.unlink()
