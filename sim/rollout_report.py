@@ -17,13 +17,13 @@ from ur10e_deploy.report import STYLE
 from ur10e_deploy.results import Output
 
 from sim import rollout_pictures as pictures
+from sim.closed_loop import POLICY
 from sim.scene import BLOCK_SIDE_M
 from sim.ur10e import JOINT_NAMES, tool_tip
-from sim.world import goal_m
+from sim.world import HELD_S, goal_m
 
 FILES = re.compile(r"report\.html|rollouts\.json|steps\.parquet|rollouts\.mp4|contact_sheet\.png|top_view\.png")
 LAST = "rollouts.json"
-POLICY = "policy"
 
 
 def open_output(folder):
@@ -114,7 +114,7 @@ def write_steps(path, runs):
 
 
 def success_text(of):
-    """ "94 % (47 of 50; 95 % interval 84 to 98 %)" for a summary of runs."""
+    """A success rate in words: 94 % (47 of 50; 95 % interval 84 to 98 %)."""
     low, high = of["wilson_95"]
     share = f"{of['successes']} of {of['episodes']}; 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
     return f"{100 * of['success_rate']:.0f} % ({share})"
@@ -161,7 +161,7 @@ def screen(summary, folder):
         *[("", f"{name}: {success_text(of)}") for name, of in table_rows(summary)[1:]],
         (
             "how",
-            f"held {HELD_TEXT} {100 * success['held_rate']:.0f} %, tip on the top face "
+            f"held for {HELD_S:g} s {100 * success['held_rate']:.0f} %, tip on the top face "
             f"{100 * success['on_top_rate']:.0f} %, entered the block {100 * success['entered_block_rate']:.0f} %, the "
             f"table {100 * success['entered_table_rate']:.0f} %, stalled {100 * success['stalled_rate']:.0f} %",
         ),
@@ -182,9 +182,6 @@ def screen(summary, folder):
     return "\n" + "\n".join(f"  {name:<11} {text}" for name, text in lines) + "\n"
 
 
-HELD_TEXT = "for 0.5 s"
-
-
 def html(summary, folder):
     """The page, self-contained: video and pictures of `folder` are inside it, and nothing is loaded from anywhere."""
     policy, task = summary["policy"], summary["task"]
@@ -202,7 +199,7 @@ def html(summary, folder):
         parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in summary["notes"]) + "</ul>")
     parts += ["<h2>Success</h2>", _table(SUCCESS_HEADER, [_success_row(*row) for row in table_rows(summary)])]
     parts.append(
-        f"<p>The arm starts where no recording did. An episode succeeds when {escape(task['criterion'])}: "
+        f"<p>An episode succeeds when {escape(task['criterion'])}: "
         f"{1e3 * task['tolerance_m']:g} mm of a block of {1e3 * BLOCK_SIDE_M:g} mm, {task['timeout_s']:g} s. The "
         "interval is Wilson's, 95 %. A baseline that does well means that the scenes do not ask for what the policy "
         "is to show.</p>"
@@ -227,7 +224,7 @@ def html(summary, folder):
 
 
 SUCCESS_HEADER = [
-    "run", "episodes", "success", "95 % interval", "held 0.5 s", "on the top face", "final distance, cm",
+    "run", "episodes", "success", "95 % interval", f"held {HELD_S:g} s", "on the top face", "final distance, cm",
     "least distance, cm", "time to touch, s",
 ]  # fmt: skip
 MOTION_HEADER = [
@@ -265,7 +262,8 @@ def _episode_row(row):
     return [
         str(row["episode"]), *("yes" if row[key] else "NO" for key in ("success", "held", "on_top")),
         "" if touch_s is None else f"{touch_s:.1f}", f"{100 * row['final_distance_m']:.1f}",
-        f"{100 * row['least_distance_m']:.1f}", f"{row['peak_speed_rad_s']:.2f}", f"{1e3 * row['depth_in_block_m']:.0f}",
+        f"{100 * row['least_distance_m']:.1f}", f"{row['peak_speed_rad_s']:.2f}",
+        f"{1e3 * row['depth_in_block_m']:.0f}",
         f"{1e3 * row['depth_in_table_m']:.0f}", f"{row['stalled_s']:.1f}",
     ]  # fmt: skip
 

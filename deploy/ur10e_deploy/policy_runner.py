@@ -309,9 +309,7 @@ class PolicyRunner:
     def step(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> ControlStep:
         """predict(), and what it did and took."""
         began_s = self._now_s()
-        state = self._checked_state(state_rad)
-        if self.needs_images or images:
-            self._check_images(images)
+        state = self._checked(state_rad, images)
         chunk = self._infer(state, images) if self.needs_images else None
         action, command_rad = self._advance(state_rad, chunk)
         seconds = self._now_s() - began_s
@@ -319,7 +317,10 @@ class PolicyRunner:
         return ControlStep(action, chunk, command_rad, seconds)
 
     def command(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
-        """predict(), as (J,) float64 joint positions to command, rad: see RobotContract.joint_command."""
+        """predict(), as joint positions to command: (J,) float64, rad, on the turns of `state_rad`.
+
+        See RobotContract.joint_command.
+        """
         return self.step(state_rad, images).command_rad
 
     @property
@@ -345,6 +346,12 @@ class PolicyRunner:
 
     # What it is made of.
 
+    def _checked(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The state as the policy takes it. Images may be absent, but not wrong, when the queue answers."""
+        if self.needs_images or images:
+            self._check_images(images)
+        return self._checked_state(state_rad)
+
     def _advance(self, state_rad: np.ndarray, chunk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The action for now, from a new chunk or else from the queue, and the joint positions to command for it."""
         if chunk is None:
@@ -355,9 +362,11 @@ class PolicyRunner:
             action = chunk[0]
             if self.mode == "chunk":
                 self._queue.extend(chunk[1 : self.n_action_steps])
-        last_rad = np.asarray(state_rad, np.float64) if self._command_rad is None else self._command_rad
-        self._command_rad = self.contract.joint_command(action, last_rad)
-        return action.copy(), self._command_rad
+        here_rad = np.asarray(state_rad, np.float64)
+        target_rad = self.contract.joint_command(action, here_rad if self._command_rad is None else self._command_rad)
+        # On the turn that the joint is on: an absolute action of a wrapped joint may name another one.
+        self._command_rad = here_rad + self.contract.difference(target_rad, here_rad)
+        return action.copy(), self._command_rad.copy()
 
     def _now_s(self) -> float:
         if self.device.type == "cuda":
@@ -438,9 +447,7 @@ def step_together(
     """
     began_s = time.perf_counter()
     asked = [i for i, runner in enumerate(runners) if runner.needs_images]
-    states = [runner._checked_state(state) for runner, state in zip(runners, states_rad, strict=True)]
-    for i in asked:
-        runners[i]._check_images(images[i])
+    states = [r._checked(state, seen) for r, state, seen in zip(runners, states_rad, images, strict=True)]
     observed = [(states[i], images[i]) for i in asked]
     chunks: dict[int, np.ndarray] = {}
     for first in range(0, len(asked), BATCH):
