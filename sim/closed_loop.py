@@ -52,7 +52,10 @@ class PolicyDriver:
         self.inferred = []  # per step: (count,) bool, whether the policy was asked or its queue answered
 
     def commands(self, worlds):
-        """Joint positions to command, (6,) rad each, in the order of JOINT_NAMES."""
+        """Joint positions to command, (6,) rad each, in the order of JOINT_NAMES.
+
+        A policy that asks for more than a joint can do finds it at its limit: here that is an episode lost, no error.
+        """
         images = [
             {self._camera: self._look(world, i)} if fork.needs_images else {}
             for i, (world, fork) in enumerate(zip(worlds, self._forks, strict=True))
@@ -61,7 +64,8 @@ class PolicyDriver:
         steps = step_together(self._forks, states, images)
         self.inferred.append(np.array([step.chunk is not None for step in steps]))
         order = [self._contract.joint_names.index(name) for name in JOINT_NAMES]
-        return [self._contract.action_to_robot(step.command_rad)[order] for step in steps]
+        limited = [np.clip(step.command_rad, *self._contract.joint_limits_rad) for step in steps]
+        return [self._contract.to_robot(command_rad)[order] for command_rad in limited]
 
 
 class MeanBlockDriver:

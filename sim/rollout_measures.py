@@ -100,16 +100,14 @@ def _to_block(scene, points_m):
 
 
 def stalled_s(scene, tip_m, control_hz, tolerance_m=TOLERANCE_M):
-    """The longest time that the tip (T, 3) m stood about, away from the block; 0 for less than STALL_S."""
-    away = np.linalg.norm(tip_m - goal_m(scene), axis=1) > tolerance_m
+    """The longest time that the tip (T, 3) m stood about before it touched the block; 0 for less than STALL_S."""
+    near = np.linalg.norm(tip_m - goal_m(scene), axis=1) <= tolerance_m
+    before = tip_m[: np.argmax(near)] if near.any() else tip_m
     longest, start = 0, 0
-    for t in range(len(tip_m)):  # the longest stretch whose places are all near its first one
-        if not away[t]:
-            start = t + 1
-        elif np.linalg.norm(tip_m[t] - tip_m[start]) > STALL_M:
+    for t in range(len(before)):  # the longest stretch whose places are all near its first one
+        if np.linalg.norm(before[t] - before[start]) > STALL_M:
             start = t
-        else:
-            longest = max(longest, t - start)
+        longest = max(longest, t - start)
     return longest / control_hz if longest >= STALL_S * control_hz else 0.0
 
 

@@ -436,8 +436,8 @@ def test_a_broken_contract_is_one_line(exchange: Path, tmp_path: Path, change, l
 
 
 def test_the_doors_to_the_robots_own_convention(exchange: Path, tmp_path: Path):
-    """JointState lists joints in its own order and on any turn; the policy's signs are applied on the way in, and
-    taken off its actions on the way out."""
+    """JointState lists joints in its own order and on any turn, which stays (commands must not turn a joint back); the
+    policy's signs are applied on the way in, and taken off its actions on the way out."""
     directory = ours(exchange, tmp_path)
     content = json.loads((directory / "train_config.json").read_text()) | {
         "joint_sign": [1.0, -1.0, 1.0, 1.0, -1.0, 1.0]
@@ -448,8 +448,7 @@ def test_the_doors_to_the_robots_own_convention(exchange: Path, tmp_path: Path):
     state = contract.state_from_robot(names, [9.0, 0.6, 0.5, 0.4 + 2 * np.pi, 0.3, 0.2, 0.1])
     np.testing.assert_allclose(state, [0.1, -0.2, 0.3, 0.4 + 2 * np.pi, -0.5, 0.6])
     np.testing.assert_allclose(contract.wrap(state), [0.1, -0.2, 0.3, 0.4, -0.5, 0.6])
-    command = contract.command_to_robot(np.full(6, 0.5, np.float32) - state, state)  # a delta, to 0.5 rad
-    np.testing.assert_allclose(command, [0.5, -0.5, 0.5, 0.5, -0.5, 0.5], atol=1e-6)
+    np.testing.assert_allclose(contract.to_robot(np.full(6, 0.5)), [0.5, -0.5, 0.5, 0.5, -0.5, 0.5])
     with pytest.raises(PolicyError, match="joints elbow_joint are missing; the robot sent"):
         contract.state_from_robot(["gripper"] + [n for n in UR_JOINTS if n != "elbow_joint"], range(6))
 
@@ -478,7 +477,7 @@ def test_an_absolute_action_is_commanded_where_the_joint_is(
     contract = with_contract(exchange, tmp_path, **absolute)
     state, action = np.zeros(6), np.zeros(6, np.float32)
     state[joint], action[joint] = at_rad, asked_rad
-    command = contract.command_to_robot(action, state)
+    command = contract.joint_command(action, state, np.full(6, 9.0))  # the last command plays no part
     assert command[joint] == pytest.approx(command_rad, abs=1e-6) and np.abs(np.delete(command, joint)).max() == 0
 
 
@@ -486,10 +485,12 @@ def test_a_command_outside_a_joints_limits_is_refused(exchange: Path, tmp_path: 
     """Whoever adds deltas for too long, or asks for a pose that the elbow has not."""
     contract = with_contract(exchange, tmp_path, action_mode="delta")
     with pytest.raises(PolicyError, match="wrist_3 would go to 6.30.* outside its limits -6.283 to 6.283 rad"):
-        contract.command_to_robot(np.array([0, 0, 0, 0, 0, 0.05], np.float32), np.array([0, 0, 0, 0, 0, 6.25]))
+        contract.to_robot(
+            contract.joint_command(np.float32([0, 0, 0, 0, 0, 0.05]), np.zeros(6), np.array([0, 0, 0, 0, 0, 6.25]))
+        )
     contract = with_contract(exchange, tmp_path, action_mode="absolute", wrap_angles=False)
     with pytest.raises(PolicyError, match="elbow would go to 3.2"):
-        contract.command_to_robot(np.array([0, 0, 3.2, 0, 0, 0], np.float32), np.zeros(6))
+        contract.to_robot(contract.joint_command(np.float32([0, 0, 3.2, 0, 0, 0]), np.zeros(6), np.zeros(6)))
 
 
 def test_a_state_is_given_on_the_turn_that_training_used(exchange: Path, tmp_path: Path):

@@ -125,9 +125,10 @@ def test_what_is_run_by_hand_imports_what_exists(path: Path):
             assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
-def test_rosbag_dataset_loads_no_torch():
-    """Not by way of some library, either."""
-    code = "import sys, rosbag_dataset; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["rosbag_dataset", "sim.record", "sim.world"])
+def test_what_is_no_policy_loads_no_torch(module: str):
+    """Not by way of some library, either: bags are read and recorded, and the cell simulated, without any."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

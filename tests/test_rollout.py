@@ -217,14 +217,16 @@ def test_entering_block_and_table_is_measured_in_metres():
     assert measure(into)["entered_block"] and measure(beside)["entered_table"]
 
 
-def test_stalling_is_standing_about_away_from_the_block():
-    """A second or more; standing on the block is none, and neither is creeping by more than 5 mm."""
+def test_stalling_is_standing_about_before_the_touch():
+    """A second or more; standing on the block is none, neither is creeping by more than 5 mm, nor what comes later."""
     scene = random_episode(0, 0)[0]
     walk = np.linspace((0.3, 0.0, 0.3), (0.1, 0.0, 0.0), 60)
     stays = np.vstack([walk, np.repeat(walk[-1:], 45, axis=0)]) + goal_m(scene)
     assert stalled_s(scene, stays, 30.0) == pytest.approx(45 / 30)
     assert stalled_s(scene, stays[:85], 30.0) == 0
     assert stalled_s(scene, np.repeat(goal_m(scene)[None], 90, axis=0), 30.0) == 0
+    assert stalled_s(scene, np.vstack([goal_m(scene)[None], stays]), 30.0) == 0
+    assert stalled_s(scene, np.vstack([stays, goal_m(scene)[None]]), 30.0) == pytest.approx(45 / 30)
     assert stalled_s(scene, goal_m(scene) + np.linspace((0.5, 0, 0), (0.4, 0, 0), 90), 30.0) == 0
 
 

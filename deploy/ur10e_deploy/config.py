@@ -4,7 +4,8 @@ Our trainer writes it into the checkpoint (train_config.json). A checkpoint that
 angles or deltas, so a person has to: `said` below, flags on the command line.
 
 Everything here is in the policy's convention: joints in the policy's order, sign applied, angles wrapped when the
-policy was trained so. state_from_robot() and command_to_robot() are the two doors to the robot's own.
+policy was trained so. state_from_robot() and to_robot() are the two doors to the robot's own; between them and
+PolicyRunner, which wraps, angles are on the robot's turns.
 """
 
 from __future__ import annotations
@@ -108,9 +109,10 @@ class RobotContract:
         return np.where(turns == 0, action, action + 2 * np.pi * turns)
 
     def state_from_robot(self, names: Sequence[str], position_rad: Sequence[float]) -> np.ndarray:
-        """A JointState's names and positions, in any order -> (J,) float64 for PolicyRunner.predict(), rad.
+        """A JointState's names and positions, in any order -> (J,) float64 for PolicyRunner, rad.
 
-        In the policy's order and sign, on the robot's own turn: predict() wraps, command_to_robot() counts from here.
+        Angles stay on the turns that the robot's joints are on: the runner wraps them for the policy, and its commands
+        come back on these turns.
 
         Raises:
             PolicyError: the contract names no joints, or one of them is not among `names`.
@@ -124,36 +126,42 @@ class RobotContract:
             raise PolicyError(f"joints {', '.join(missing)} are missing; the robot sent {', '.join(names)}")
         return np.array([by_name[name] for name in self.joint_names], np.float64) * self.joint_sign
 
-    def command_to_robot(self, action: np.ndarray, from_rad: np.ndarray) -> np.ndarray:
-        """The joint positions that an action asks for, in the robot's own signs and on its own turn.
-
-        A delta is added to `from_rad`. An absolute action names a pose, which a joint that turns on has at many angles:
-        of those inside the joint's limits the one nearest to `from_rad` is taken, so that no joint is sent around.
-
-        Args:
-            action: (J,) of PolicyRunner.predict().
-            from_rad: (J,) where the joints are, of state_from_robot(); for deltas between two inferences better the
-                position commanded last, from which a lagging arm loses nothing.
-
-        Returns:
-            (J,) float64, rad, in the order of joint_names.
+    def to_robot(self, position_rad: np.ndarray) -> np.ndarray:
+        """(J,) joint positions to command, in the policy's signs -> the same in the robot's own.
 
         Raises:
-            PolicyError: no such angle lies inside a joint's limits.
+            PolicyError: one lies outside the joint's limits.
         """
         low, high = self.joint_limits_rad
-        action = action.astype(np.float64)
-        if self.action_mode == "delta":
-            target = from_rad + action
-        else:
-            target, turn = self.beside(action, from_rad), 2 * np.pi * self._wrapped
-            target = np.where(target > high, target - turn, np.where(target < low, target + turn, target))
-        for j in np.flatnonzero((target < low) | (target > high)):
+        for j in np.flatnonzero((position_rad < low) | (position_rad > high)):
             raise PolicyError(
-                f"{self.joint_labels[j]} would go to {target[j]:.3f} rad, outside its limits {low[j]:.3f} to "
-                f"{high[j]:.3f} rad (the policy's sign); it must not reach a robot"
+                f"{self.joint_labels[j]} would go to {position_rad[j]:.3f} rad, outside its limits {low[j]:.3f} to "
+                f"{high[j]:.3f} rad (in the policy's sign); it must not reach a robot"
             )
-        return target * self.joint_sign
+        return position_rad * np.asarray(self.joint_sign)
+
+    def joint_command(self, action: np.ndarray, here_rad: np.ndarray, last_command_rad: np.ndarray) -> np.ndarray:
+        """What to command for an action: (J,) float64 joint positions, rad, in the policy's order and signs.
+
+        A delta is the difference of two measured states one frame apart. It is added to the last command, not to the
+        measured state: an arm that lags would otherwise make only a part of every step, and the sum of a chunk's
+        deltas would be lost. At an episode's start the last command is the measured state.
+
+        An absolute action names a pose, which a joint that turns on has at many angles: of those inside the joint's
+        limits the one nearest to where the joint is, is taken, so that no joint is sent around.
+
+        Args:
+            action: (J,) of PolicyRunner.
+            here_rad: (J,) where the joints are, on the robot's own turns.
+            last_command_rad: (J,) what was commanded one frame ago.
+        """
+        low, high = self.joint_limits_rad
+        if self.action_mode == "delta":
+            target = last_command_rad + action
+        else:
+            target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self._wrapped
+            target = np.where(target > high, target - turn, np.where(target < low, target + turn, target))
+        return target
 
     @property
     def joint_limits_rad(self) -> tuple[np.ndarray, np.ndarray]:
@@ -166,19 +174,6 @@ class RobotContract:
             np.pi if n.endswith("elbow_joint") else 2 * np.pi if n.endswith(UR_JOINTS) else np.inf for n in names
         ])  # fmt: skip
         return -high, high
-
-    def joint_command(self, action: np.ndarray, last_command_rad: np.ndarray) -> np.ndarray:
-        """What to command for an action: (J,) float64 joint positions, rad, in the policy's order and signs.
-
-        A delta is the difference of two measured states one frame apart. It is added to the last command, not to the
-        measured state: an arm that lags would otherwise make only a part of every step, and the sum of a chunk's
-        deltas would be lost. At an episode's start the last command is the measured state.
-
-        Args:
-            action: (J,) of PolicyRunner.
-            last_command_rad: (J,) what was commanded one frame ago.
-        """
-        return last_command_rad + action if self.action_mode == "delta" else action.astype(np.float64)
 
 
 def has_contract(checkpoint: Path) -> bool:

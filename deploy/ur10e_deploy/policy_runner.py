@@ -363,9 +363,8 @@ class PolicyRunner:
             if self.mode == "chunk":
                 self._queue.extend(chunk[1 : self.n_action_steps])
         here_rad = np.asarray(state_rad, np.float64)
-        target_rad = self.contract.joint_command(action, here_rad if self._command_rad is None else self._command_rad)
-        # On the turn that the joint is on: an absolute action of a wrapped joint may name another one.
-        self._command_rad = here_rad + self.contract.difference(target_rad, here_rad)
+        last_rad = here_rad if self._command_rad is None else self._command_rad
+        self._command_rad = self.contract.joint_command(action, here_rad, last_rad)
         return action.copy(), self._command_rad.copy()
 
     def _now_s(self) -> float:
