@@ -98,7 +98,7 @@ def write_gif(path, worlds, outcomes):
     if all(outcome.success for outcome in outcomes):
         stage.end_s = min(stage.end_s, max(outcome.touch_s for outcome in outcomes) + HOLD_S)
     frames = list(_frames(stage, GIF_FPS))
-    for colours in (128, 64, 32):
+    for colours in (256, 128, 64):
         _write_gif(path, frames, colours)
         if path.stat().st_size <= GIF_MAX_BYTES:
             return

@@ -24,6 +24,7 @@ from sim.world import HELD_S, goal_m
 
 FILES = re.compile(r"report\.html|rollouts\.json|steps\.parquet|rollouts\.mp4|contact_sheet\.png|top_view\.png")
 LAST = "rollouts.json"
+BLIND_SUCCESS = 0.1  # a baseline that succeeds more often than this shows that the scenes ask for too little
 
 
 def open_output(folder):
@@ -132,12 +133,12 @@ def claims(summary):
     best = max(summary["baselines"].items(), key=lambda item: item[1]["success_rate"])
     said = [
         (
-            success["wilson_95"][0] > best[1]["wilson_95"][1],
+            success["wilson_95"][0] > 0.5,  # more often than not, for sure
             f"success {success_text(success)}: tip within {1e3 * task['tolerance_m']:g} mm of the middle of the "
             f"block's top in {task['timeout_s']:g} s",
         ),
         (
-            best[1]["wilson_95"][1] < success["wilson_95"][0],
+            best[1]["success_rate"] <= BLIND_SUCCESS,
             f"without the right image at most {100 * best[1]['success_rate']:.0f} % ({best[0]}, "
             f"{best[1]['successes']} of {best[1]['episodes']})",
         ),

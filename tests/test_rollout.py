@@ -165,11 +165,13 @@ def test_success_is_the_tip_within_2_cm_of_the_middle_of_the_top(offset_m, succe
 
 
 def test_the_top_face_turns_with_the_block():
-    """A corner of a block that lies at 45 degrees is further out than a side."""
-    scene = random_episode(0, 0)[0]
-    out = np.array([0.05, 0.0, 0.0])
-    assert judge(replace(scene, block_yaw_rad=np.pi / 4), ends(scene, out)).on_top
-    assert not judge(replace(scene, block_yaw_rad=0.0), ends(scene, out)).on_top
+    """A corner of a block that lies at 20 degrees is at 65, and further out than a side; at 25 there is none."""
+    scene = replace(random_episode(0, 0)[0], block_yaw_rad=np.deg2rad(20))
+    for angle_deg, on_top in ((65, True), (25, False), (155, True)):
+        out = 0.05 * np.array([np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg)), 0.0])
+        assert judge(scene, ends(scene, out)).on_top == on_top, angle_deg
+        inside, _ = depths(scene, inverse_kinematics(goal_m(scene) + out - [0, 0, 0.01])[None])
+        assert (inside[0] > 1e-3) == on_top, angle_deg
 
 
 def test_passing_by_is_success_but_not_held():
