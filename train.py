@@ -89,7 +89,7 @@ class ConventionsConfig:
     apply_joint_sign: bool = setting(False, "multiply joint positions by joint_sign")
     wrap_angles: bool = setting(True, "one angle for one pose: wrap revolute joints around their training data")
     image_resize: list[int] | None = setting(None, "[height, width] of the frames, pixels; null keeps the camera's")
-    action_mode: str = setting("delta", "what the policy predicts per frame, rad", choices=("delta", "absolute"))
+    action_mode: str = setting("delta", "what the policy predicts, rad", choices=("delta", "absolute", "relative"))
 
 
 @dataclass
@@ -333,7 +333,7 @@ class Trainer:
         reference_rad = identity.angle_reference(self.train_episodes, bags, was)
         for episode in self.episodes:
             refer_angles(episode, np.array(reference_rad), bags)
-        self.stats, floored = compute_stats(self.train_episodes, cfg.data.image_stats, cfg.conventions.action_mode)
+        self.stats, floored = compute_stats(self.train_episodes, cfg.data.image_stats, cfg.model.chunk_size)
         self.frames = self._frames_on_device()
         self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)

@@ -234,7 +234,7 @@ def ready_to_train(options: argparse.Namespace, cfg: train.Config) -> float:
     def work() -> None:
         episodes, _ = load_episodes(settings, progress=False)
         training, _ = split_episodes(episodes, cfg.training.val_fraction, cfg.training.seed)
-        compute_stats(training, cfg.data.image_stats, cfg.conventions.action_mode)
+        compute_stats(training, cfg.data.image_stats, cfg.model.chunk_size)
         ChunkDataset(training, cfg.model.chunk_size)
 
     return common.seconds(work)

@@ -113,7 +113,10 @@ class ChunkDataset:
             episode = self.episodes[e]
             count = min(self.chunk_size, int(self._stop_of[i]) - t)
             batch["observation.state"][b] = episode.state[t]
-            batch["action"][b, :count] = episode.action[t : t + count]
+            if episode.action_mode == "relative":
+                batch["action"][b, :count] = episode.path_rad[t + 1 : t + 1 + count] - episode.path_rad[t]
+            else:
+                batch["action"][b, :count] = episode.action[t : t + count]
             batch["action_is_pad"][b, :count] = False
             for camera in episode.image_shape:
                 image = episode.image_index[camera][t]

@@ -39,7 +39,8 @@ class BagSettings:
         apply_joint_sign: multiply joint positions by joint_sign.
         wrap_angles: wrap revolute joints to within half a turn of a reference (synchronisation.refer_angles).
         image_resize: (H, W) of the stored frames, or None to keep the camera's size.
-        action_mode: "delta" (q[t+1] - q[t]) or "absolute" (q[t+1]).
+        action_mode: what the k-th action, k >= 1, of a chunk from frame t is: "delta" (q[t+k] - q[t+k-1]), "absolute"
+            (q[t+k]) or "relative" (q[t+k] - q[t], the offset from the state in which the chunk was predicted).
         on_bad_bag: "error" or "skip".
     """
 

@@ -28,17 +28,18 @@ Moments = tuple[int, np.ndarray, np.ndarray]  # count, mean, sum of squared devi
 
 
 def compute_stats(
-    episodes: Sequence[Episode], image_stats: str, action_mode: str
+    episodes: Sequence[Episode], image_stats: str, chunk_size: int
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """Mean and standard deviation of the training episodes, for normalisation.
 
-    State: every kept frame. Action: every frame that has one. Images: ImageNet's, or per channel over every stored
+    State: every kept frame. Action: every frame that has one; relative ones: every one of every frame's chunk, as
+    training sees them. Images: ImageNet's, or per channel over every stored
     frame of each camera, in [0, 1] ("dataset"; computed once per cache entry and kept beside it).
 
     Args:
         episodes: those to train on, at least one.
         image_stats: "imagenet" or "dataset".
-        action_mode: "delta" or "absolute": which floor an action's deviation has.
+        chunk_size: actions of a chunk.
 
     Returns:
         (stats {feature: {"mean", "std"}} float32 with shapes (J,) or (3, 1, 1),
@@ -51,12 +52,19 @@ def compute_stats(
     images: dict[str, Moments | None] = dict.fromkeys(episodes[0].image_shape)
     for episode in episodes:
         state = _merge(state, _moments(episode.state))
-        has_action = np.arange(len(episode.time_ns)) < episode.action_stop
-        if has_action.any():
-            action = _merge(action, _moments(episode.action[has_action]))
         if image_stats == "dataset":
             for camera in images:
                 images[camera] = _merge(images[camera], _image_moments(episode, camera))
+        has_action = np.arange(len(episode.time_ns)) < episode.action_stop
+        if not has_action.any():
+            continue
+        if episode.action_mode != "relative":
+            action = _merge(action, _moments(episode.action[has_action]))
+        else:
+            for start, stop in episode.segments:
+                path = episode.path_rad[start:stop]
+                for k in range(1, min(chunk_size, len(path) - 1) + 1):
+                    action = _merge(action, _moments(path[k:] - path[:-k]))
     if state is None or action is None:
         raise BagError(
             "no episode has two consecutive frames, so that there is no action to learn; see data.max_offset_ms"
@@ -69,7 +77,7 @@ def compute_stats(
             floored.append(f"{key}[{j}]: standard deviation {std[j]:.2g} raised to its floor {floor:g} rad")
         return {"mean": moments[1].astype(np.float32), "std": np.maximum(std, floor).astype(np.float32)}
 
-    action_floor = DELTA_STD_FLOOR_RAD if action_mode == "delta" else POSITION_STD_FLOOR_RAD
+    action_floor = POSITION_STD_FLOOR_RAD if episodes[0].action_mode == "absolute" else DELTA_STD_FLOOR_RAD
     stats = {
         "observation.state": finish("observation.state", state, POSITION_STD_FLOOR_RAD),
         "action": finish("action", action, action_floor),

@@ -33,7 +33,7 @@ class Episode:
     name: str
     time_ns: np.ndarray  # (T,) int64 tick times
     state: np.ndarray  # (T, J) float32, rad for revolute joints
-    action: np.ndarray  # (T, J) float32; zeros where frame t has no action
+    action: np.ndarray  # (T, J) float32, the first of the chunk from frame t; zeros where frame t has no action
     segments: np.ndarray  # (S, 2) int64: [start, stop) of each segment in 0..T
     image_index: dict[str, np.ndarray]  # camera -> (T,) int64, which stored image a frame shows
     sync_report: dict[str, Any]  # what became of the recording: an entry of sync_report.json, a row of sync_table()
@@ -44,6 +44,7 @@ class Episode:
     content_hash: str = ""  # Bag.content_hash(): of the files' bytes
     recording_hash: str = ""  # Recording.sha256(): two bags with the same one are copies, whatever their bytes
     path_rad: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (T, J) float64, joints without jumps
+    action_mode: str = ""  # what actions are: BagSettings.action_mode
 
     @property
     def action_stop(self) -> np.ndarray:
@@ -152,7 +153,7 @@ def synchronise(
         name, ticks[kept], state.astype(np.float32), _actions(state, path, segments, settings).astype(np.float32),
         segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
-        stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path,
+        stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path, action_mode=settings.action_mode,
     )  # fmt: skip
     refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
     return episode
@@ -248,7 +249,11 @@ def _resample_joints(
 
 
 def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
-    """(T, J) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame."""
+    """(T, J) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame.
+
+    Of "relative" actions only the first of a chunk is here, which is a delta; the others depend on where the chunk
+    begins: see ChunkDataset.
+    """
     action = np.zeros_like(state)
     target = path + (state[0] - path[0])  # whole turns: the first frame is where its state says
     for start, stop in segments:

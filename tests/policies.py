@@ -56,6 +56,16 @@ def trained_absolute(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory
     return once(tmp_path_factory, "trained-absolute", make) / "run"
 
 
+@pytest.fixture(scope="session")
+def trained_relative(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with relative actions."""
+
+    def make(folder: Path) -> None:
+        run(sample_bags, folder, conventions__action_mode="relative", training__steps=3, training__val_fraction=0)
+
+    return once(tmp_path_factory, "trained-relative", make) / "run"
+
+
 def contract_of(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "last/pretrained_model/train_config.json").read_text())
 

@@ -105,7 +105,7 @@ def read(folder: Path, time_source: str) -> str:
             bag.identity()
             recording = read_bag(bag, settings, lambda camera, image: None)
             episode = synchronise(bag.name, recording, settings)
-            compute_stats([episode], "imagenet", "delta")
+            compute_stats([episode], "imagenet", 8)
         return "read"
     except BagError as error:
         assert "\n" not in str(error), error

@@ -26,10 +26,10 @@ from lerobot_checkpoint import load_policy
 from rosbag_dataset import UR_JOINTS, ChunkDataset, Episode, load_episodes, settings_from, wrap_to_pi
 from tests.bags import make_take, write_bag
 from tests.once import once
-from tests.policies import contract_of, exchange, trained, trained_absolute
+from tests.policies import contract_of, exchange, trained, trained_absolute, trained_relative
 from tests.tiny import ROOT
 
-__all__ = ["exchange", "trained", "trained_absolute"]  # fixtures
+__all__ = ["exchange", "trained", "trained_absolute", "trained_relative"]  # fixtures
 
 JOINTS = [name.removesuffix("_joint") for name in UR_JOINTS]
 PER_JOINT = ("joint_position", "predicted_action", "gt_action", "abs_error")
@@ -370,6 +370,22 @@ def test_an_absolute_policy_and_its_baseline(trained_absolute: Path, sample_bags
     assert summary["error"]["policy"]["mae"] == pytest.approx(np.abs(recorded - predicted).mean(), rel=1e-4)
     rolled = columns(tmp_path / "out", "rollout_position", "episode_004.parquet")
     assert np.abs(rolled[1:] - predicted[:-1]).max() < 0.5 * np.abs(predicted).max()  # jumps where the policy points
+
+
+def test_a_relative_policy_is_compared_by_where_it_leads(trained_relative: Path, sample_bags: Path, tmp_path: Path):
+    """Offsets count from the state in which the chunk was predicted; what is queued and compared are positions."""
+    out = tmp_path / "out"
+    assert evaluate(trained_relative, out, "--episode", "4", "--mode", "chunk", bags=sample_bags) == 0
+    summary = summary_of(out)
+    assert summary["unit"] == "rad" and summary["contract"]["action_mode"] == "relative"
+    position, predicted, recorded = (columns(out, p, "episode_004.parquet") for p in PER_JOINT[:3])
+    np.testing.assert_allclose(recorded[:-1], position[1:], atol=1e-5)
+    network = load_policy(trained_relative)
+    source = source_of(sample_bags, tmp_path / "cache", trained_relative)
+    image = torch.from_numpy(next(iter(source.frames(4))).images["color"]).permute(2, 0, 1)[None] / 255
+    state = torch.from_numpy(position[:1].astype(np.float32))
+    offsets = network.predict_chunk({"observation.state": state, "observation.images.color": image})[0].numpy()
+    np.testing.assert_allclose(predicted[: len(offsets)], position[0] + offsets, atol=1e-5)
 
 
 def source_of(bags: Path, cache: Path, checkpoint: Path, **changes: Any) -> BagSource:

@@ -23,9 +23,17 @@ from sim.rollout_measures import depths, measure, stalled_s, wilson
 from sim.scene import Renderer
 from sim.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 from sim.world import HELD_S, IMAGE_AGE_S, PERTURBATIONS, Conditions, World, goal_m, judge
-from tests.policies import contract_of, save_ours, trained, trained_absolute, two_cameras_contract
+from tests.policies import (
+    as_batch,
+    contract_of,
+    save_ours,
+    trained,
+    trained_absolute,
+    trained_relative,
+    two_cameras_contract,
+)
 
-__all__ = ["trained", "trained_absolute"]  # fixtures
+__all__ = ["trained", "trained_absolute", "trained_relative"]  # fixtures
 SIZE = (96, 128)  # of sample_bags
 
 
@@ -261,6 +269,7 @@ def test_many_forks_in_one_inference_act_as_each_alone(trained: Path, mode: str,
 def test_commands_follow_deltas_from_the_last_command_and_absolutes_as_they_are(
     trained: Path,
     trained_absolute: Path,
+    trained_relative: Path,
 ):
     """An arm that does not move at all is still sent along the whole chunk; after reset() it starts where it is."""
     world = World(9, 0, 32, 48)
@@ -271,6 +280,13 @@ def test_commands_follow_deltas_from_the_last_command_and_absolutes_as_they_are(
         found = np.array([delta.command(here, images if delta.needs_images else {}) for _ in range(5)])
         np.testing.assert_allclose(found, here + np.cumsum(chunk[:5].astype(float), axis=0), rtol=0, atol=1e-6)
         delta.reset()
+    relative = PolicyRunner(trained_relative, backend="native", device="cpu", mode="chunk")
+    offsets = relative.policy.predict_chunk(as_batch(relative.contract.wrap(here).astype(np.float32), images))[
+        0
+    ].numpy()
+    for moved in range(3):  # the arm moves on; the queue still counts from where the chunk was predicted
+        found = relative.command(here + 0.01 * moved, images if relative.needs_images else {})
+        np.testing.assert_allclose(found, here + offsets[moved], rtol=0, atol=1e-5)
     absolute = PolicyRunner(trained_absolute, backend="native", device="cpu", mode="every-step")
     expected = absolute.predict_chunk(here, images)[0]
     np.testing.assert_allclose(absolute.command(here, images), expected, rtol=0, atol=1e-6)

@@ -84,6 +84,25 @@ def test_no_action_and_no_chunk_crosses_a_gap_or_an_episode(tmp_path, mode):
             np.testing.assert_allclose(action, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrap", [True, False])
+def test_the_three_kinds_of_action_describe_one_motion(tmp_path, wrap):
+    """From a state on, a chunk of deltas adds up to, and relative offsets lead to, the positions of the absolute one;
+    across the seam at pi as anywhere."""
+    chunks, take = {}, one_joint(lambda t: 2.6 + 0.4 * t)
+    for mode in ("delta", "absolute", "relative"):
+        episode = with_pixels(sync(take, action_mode=mode, wrap_angles=wrap), tmp_path / mode)
+        samples = ChunkDataset([episode], chunk_size=30)
+        batch = samples.__getitems__(range(len(samples)))
+        valid = ~batch["action_is_pad"]
+        chunks[mode] = np.where(valid[..., None], batch["action"].astype(np.float64), 0.0)
+        assert (batch["action"][~valid] == 0).all()
+    first = chunks["absolute"][:, :1] - chunks["delta"][:, :1]
+    np.testing.assert_allclose(chunks["relative"], np.where(valid[..., None], chunks["absolute"] - first, 0), atol=1e-5)
+    added = np.where(valid[..., None], np.cumsum(chunks["delta"], axis=1), 0)
+    np.testing.assert_allclose(chunks["relative"], added, atol=1e-5)
+    assert np.abs(chunks["relative"]).max() == pytest.approx(0.4, abs=1e-3)  # 30 frames at 0.4 rad/s
+
+
 def test_episode_shorter_than_a_chunk(tmp_path):
     """Allowed: every sample is padded, and the padding starts where the episode ends."""
     take = make_take(seconds=0.4)

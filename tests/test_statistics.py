@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rosbag_dataset import angle_references, compute_stats, refer_angles, split_episodes
+from rosbag_dataset import ChunkDataset, angle_references, compute_stats, refer_angles, split_episodes
 from tests.bags import T0_NS, make_take, settings, smooth_path, write_bag
 from tests.checks import TAKE, cut, error_of, load
 from tests.episodes import one_joint, sync, turning, with_pixels, without
@@ -32,14 +32,18 @@ def episodes_with_pixels(tmp_path, seeds, **changes):
     return out, images
 
 
-@pytest.mark.parametrize("mode", ["delta", "absolute"])
+@pytest.mark.parametrize("mode", ["delta", "absolute", "relative"])
 def test_statistics_are_those_of_all_training_frames(tmp_path, mode):
     """Streamed statistics equal numpy's over everything at once: states, actions that exist, every stored pixel."""
     episodes, images = episodes_with_pixels(tmp_path, range(3), action_mode=mode)
     for _ in range(2):  # the second time from the moments that are kept beside the pixels
-        stats, floored = compute_stats(episodes, "dataset", mode)
+        stats, floored = compute_stats(episodes, "dataset", 8)
         state = np.concatenate([e.state for e in episodes]).astype(np.float64)
         action = np.concatenate([e.action[a : b - 1] for e in episodes for a, b in e.segments]).astype(np.float64)
+        if mode == "relative":  # every action of every chunk
+            samples = ChunkDataset(episodes, 8)
+            batch = samples.__getitems__(range(len(samples)))
+            action = batch["action"][~batch["action_is_pad"]].astype(np.float64)
         pixels = np.concatenate([i.reshape(-1, 3) for i in images]) / 255
         for key, rows in (("observation.state", state), ("action", action)):
             np.testing.assert_allclose(stats[key]["mean"], rows.mean(axis=0), rtol=1e-5, atol=1e-7)
@@ -54,7 +58,7 @@ def test_imagenet_statistics(tmp_path):
     """The default: ImageNet's numbers, and no pixel is read."""
     episodes, _ = episodes_with_pixels(tmp_path, [0])
     (tmp_path / "entry0" / "color.rgb").unlink()
-    color = compute_stats(episodes, "imagenet", "delta")[0]["observation.images.color"]
+    color = compute_stats(episodes, "imagenet", 8)[0]["observation.images.color"]
     np.testing.assert_allclose(color["mean"].ravel(), [0.485, 0.456, 0.406], rtol=1e-6)
     np.testing.assert_allclose(color["std"].ravel(), [0.229, 0.224, 0.225], rtol=1e-6)
 
@@ -64,7 +68,7 @@ def test_deviations_have_a_floor(tmp_path, mode, floor):
     """A joint that never moves gets the documented floor, is named, and nothing is infinite; black images too."""
     episode = with_pixels(sync(one_joint(turning), action_mode=mode), tmp_path / "entry")
     (tmp_path / "entry" / "color.rgb").write_bytes(bytes((tmp_path / "entry" / "color.rgb").stat().st_size))
-    stats, floored = compute_stats([episode], "dataset", mode)
+    stats, floored = compute_stats([episode], "dataset", 8)
     np.testing.assert_allclose(stats["observation.state"]["std"][1:], 1e-2)
     np.testing.assert_allclose(stats["action"]["std"][1:], floor)
     np.testing.assert_allclose(stats["observation.images.color"]["std"], 1 / 255)
@@ -79,18 +83,18 @@ def test_statistics_without_any_action():
     episode = sync(make_take(seconds=2.0), fps=30)
     first = {key: getattr(episode, key)[:1] for key in ("time_ns", "state", "action")}
     alone = dataclasses.replace(episode, **first, segments=np.array([[0, 1]]))
-    assert "no action to learn" in error_of(lambda: compute_stats([alone], "imagenet", "delta"))
+    assert "no action to learn" in error_of(lambda: compute_stats([alone], "imagenet", 8))
 
 
 def test_validation_episodes_do_not_touch_the_statistics(tmp_path):
     """Statistics of the training side are the same whatever the held-out episode holds."""
     episodes, _ = episodes_with_pixels(tmp_path, range(6))
     training, validation = split_episodes(episodes, 0.2, 0)
-    before = compute_stats(training, "dataset", "delta")[0]
+    before = compute_stats(training, "dataset", 8)[0]
     for episode in validation:
         episode.state += 100
         (episode.entry / "color.rgb").write_bytes(b"\xff" * (episode.entry / "color.rgb").stat().st_size)
-    after = compute_stats(split_episodes(episodes, 0.2, 0)[0], "dataset", "delta")[0]
+    after = compute_stats(split_episodes(episodes, 0.2, 0)[0], "dataset", 8)[0]
     for key in before:
         np.testing.assert_array_equal(before[key]["mean"], after[key]["mean"])
         np.testing.assert_array_equal(before[key]["std"], after[key]["std"])
@@ -98,9 +102,9 @@ def test_validation_episodes_do_not_touch_the_statistics(tmp_path):
 
 def test_damaged_statistics_are_computed_again(bag_dir):
     episodes, _ = load(settings(bag_dir))
-    expected, _ = compute_stats(episodes, "dataset", "delta")
+    expected, _ = compute_stats(episodes, "dataset", 8)
     cut(episodes[0].entry / "color.moments.json")
-    again, _ = compute_stats(episodes, "dataset", "delta")
+    again, _ = compute_stats(episodes, "dataset", 8)
     np.testing.assert_array_equal(
         again["observation.images.color"]["mean"], expected["observation.images.color"]["mean"]
     )
@@ -112,7 +116,7 @@ def test_statistics_on_a_full_disk(tmp_path, small_disk):
     episodes, _ = load(settings(tmp_path / "bags", small_disk / "cache"))
     with contextlib.suppress(OSError):
         (small_disk / "ballast").write_bytes(bytes(1 << 20))
-    color = compute_stats(episodes, "dataset", "delta")[0]["observation.images.color"]
+    color = compute_stats(episodes, "dataset", 8)[0]["observation.images.color"]
     np.testing.assert_allclose(color["mean"].ravel(), TAKE.images.mean(axis=(0, 1, 2)) / 255, rtol=1e-5)
     assert not list(episodes[0].entry.glob("*moments*"))
 
@@ -157,10 +161,10 @@ def test_a_pose_near_pi_has_one_target_and_its_motion_is_visible():
     targets are a turn apart and hide a motion of 0.1 rad in a deviation of 3."""
     paths = [lambda t: 3.1 + 0.1 * np.sin(3 * t), lambda t: 3.1 - 2 * np.pi + 0.1 * np.sin(3 * t)]
     episodes = [sync(one_joint(path), action_mode="absolute") for path in paths]
-    assert compute_stats(episodes, "imagenet", "absolute")[0]["observation.state"]["std"][0] > 2
+    assert compute_stats(episodes, "imagenet", 8)[0]["observation.state"]["std"][0] > 2
     for episode in episodes:
         refer_angles(episode, angle_references(episodes), settings(Path("bags"), action_mode="absolute"))
-    stats, _ = compute_stats(episodes, "imagenet", "absolute")
+    stats, _ = compute_stats(episodes, "imagenet", 8)
     assert stats["action"]["std"][0] < 0.08 and stats["observation.state"]["std"][0] < 0.08
     np.testing.assert_allclose(episodes[0].action, episodes[1].action, atol=1e-5)
 

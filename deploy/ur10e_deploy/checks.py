@@ -176,13 +176,13 @@ def check_data(episodes: Sequence[EpisodeData], source: EpisodeSource, runner: P
     if mode is None:
         mode, measured = told_action_mode(episodes, contract)
         if mode is None:
-            notes.append(f"whether the recorded actions are {contract.action_mode} cannot be told: {measured}")
+            notes.append(f"whether the recorded actions are {contract.action_kind} cannot be told: {measured}")
         else:
             notes.append(f"the recorded actions are {mode}, told from the numbers: {measured}")
-    if mode is not None and mode != contract.action_mode:
+    if mode is not None and mode != contract.action_kind:
         raise EvalError(
-            f"{where}: its actions are {mode} ({measured}); the policy's are {contract.action_mode}: not comparable; "
-            f"evaluate on a dataset with {contract.action_mode} actions, or on the bags with --bags"
+            f"{where}: its actions are {mode} ({measured}); the policy's are {contract.action_kind}: not comparable; "
+            f"evaluate on a dataset with {contract.action_kind} actions, or on the bags with --bags"
         )
     state = np.concatenate([data.state_rad for data in episodes])
     stats = runner.policy.stats[STATE]

@@ -23,7 +23,7 @@ from rosbag_dataset import UR_JOINTS, wrap_to_pi
 CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
 ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)
 WARM_UP_INFERENCES = 3  # the first ones allocate, choose kernels and compile: measured apart
-ACTION_MODES = ("delta", "absolute")
+ACTION_MODES = ("delta", "absolute", "relative")
 FLOAT32_ROUNDING_RAD = 1e-6  # of angles of a few turns: a state that training stored just below pi stays there
 
 
@@ -39,7 +39,8 @@ class RobotContract:
     """What a policy expects and means, for J joints; its actions are of the same J.
 
     Attributes:
-        action_mode: "delta" (rad per frame) or "absolute" (rad).
+        action_mode: what the network predicts: "delta" (rad per frame), "absolute" (rad), or "relative" (rad, offsets
+            from the state in which a chunk was predicted). PolicyRunner turns the last into positions at once.
         joint_names: the state's J joints, in order; None when neither checkpoint nor dataset names them.
         joint_sign: J factors of +1 or -1 that were applied to the robot's joints before training.
         wrap_angles: revolute joints were wrapped, to within half a turn of angle_reference_rad.
@@ -70,9 +71,14 @@ class RobotContract:
     source: str
 
     @property
+    def action_kind(self) -> str:
+        """What PolicyRunner's actions are: "delta", or "absolute" positions."""
+        return "delta" if self.action_mode == "delta" else "absolute"
+
+    @property
     def action_unit(self) -> str:
-        """The unit of the actions: "rad per frame" (delta) or "rad" (absolute)."""
-        return "rad per frame" if self.action_mode == "delta" else "rad"
+        """The unit of PolicyRunner's actions: "rad per frame" (delta) or "rad" (absolute)."""
+        return "rad per frame" if self.action_kind == "delta" else "rad"
 
     @property
     def joint_labels(self) -> list[str]:
@@ -103,7 +109,7 @@ class RobotContract:
 
         A pose is the same a turn further, for the robot and for an error. Deltas are returned as they are.
         """
-        if self.action_mode == "delta":
+        if self.action_kind == "delta":
             return action
         turns = np.round((other_rad - action) / (2 * np.pi)) * self._wrapped
         return np.where(turns == 0, action, action + 2 * np.pi * turns)
@@ -156,7 +162,7 @@ class RobotContract:
             last_command_rad: (J,) what was commanded one frame ago.
         """
         low, high = self.joint_limits_rad
-        if self.action_mode == "delta":
+        if self.action_kind == "delta":
             target = last_command_rad + action
         else:
             target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self._wrapped

@@ -299,7 +299,7 @@ class PolicyRunner:
             images: camera -> (H, W, 3) uint8 RGB, of every camera of the policy; resized here as in training.
 
         Returns:
-            (J,) float32, rad per frame or rad, as contract.action_mode says.
+            (J,) float32, rad per frame or rad, as contract.action_kind says.
 
         Raises:
             PolicyError: the observation does not fit, or the policy's answer is not finite.
@@ -310,7 +310,7 @@ class PolicyRunner:
         """predict(), and what it did and took."""
         began_s = self._now_s()
         state = self._checked(state_rad, images)
-        chunk = self._infer(state, images) if self.needs_images else None
+        chunk = self._as_actions(self._infer(state, images), state_rad) if self.needs_images else None
         action, command_rad = self._advance(state_rad, chunk)
         seconds = self._now_s() - began_s
         (self._latency.cached_pop_s if chunk is None else self._latency.inference_s).append(seconds)
@@ -332,7 +332,7 @@ class PolicyRunner:
         """(chunk, J) float32: all that the policy predicts from here; leaves queue, ensemble and latency alone."""
         state = self._checked_state(state_rad)
         self._check_images(images)
-        return self._infer(state, images)
+        return self._as_actions(self._infer(state, images), state_rad)
 
     def latency(self) -> dict[str, Any]:
         """What was measured so far, in ms.
@@ -351,6 +351,15 @@ class PolicyRunner:
         if self.needs_images or images:
             self._check_images(images)
         return self._checked_state(state_rad)
+
+    def _as_actions(self, chunk: np.ndarray, state_rad: np.ndarray) -> np.ndarray:
+        """Relative actions as positions, before anything is queued or averaged: they count from the state seen.
+
+        On the robot's own turn, on which the path has no seam.
+        """
+        if self.contract.action_mode != "relative":
+            return chunk
+        return (np.asarray(state_rad, np.float64) + chunk).astype(np.float32)
 
     def _advance(self, state_rad: np.ndarray, chunk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The action for now, from a new chunk or else from the queue, and the joint positions to command for it."""
@@ -452,6 +461,7 @@ def step_together(
     for first in range(0, len(asked), BATCH):
         found = runners[0]._infer_batch(observed[first : first + BATCH])
         chunks.update(zip(asked[first : first + BATCH], found, strict=True))
+    chunks = {i: runners[i]._as_actions(chunk, states_rad[i]) for i, chunk in chunks.items()}
     answers = [
         (chunks.get(i), *runner._advance(state, chunks.get(i)))
         for i, (runner, state) in enumerate(zip(runners, states_rad, strict=True))

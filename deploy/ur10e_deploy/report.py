@@ -79,9 +79,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 def draw_episode(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
     """Predicted against recorded actions per joint, the error below, and what the cameras saw along the time axis."""
-    scale, unit = (1e3, "mrad per frame") if contract.action_mode == "delta" else (1.0, "rad")
+    scale, unit = (1e3, "mrad per frame") if contract.action_kind == "delta" else (1.0, "rad")
     mae = np.abs(result.predicted - result.recorded).mean()
-    title = f"{result.name}: predicted against recorded {contract.action_mode} actions, mean absolute error "
+    title = f"{result.name}: predicted against recorded {contract.action_kind} actions, mean absolute error "
     title += f"{mae * scale:.3g} {unit}"
     _draw_joints(
         path, result, joints, title, f"action, {unit}", result.predicted * scale, result.recorded * scale, "predicted",

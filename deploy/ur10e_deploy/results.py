@@ -38,7 +38,7 @@ def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
 
     The state is wrapped and absolute actions are not, so the position is given on the turn of the recorded action.
     """
-    if contract.action_mode == "delta":
+    if contract.action_kind == "delta":
         return np.zeros_like(result.recorded)
     return contract.beside(result.state_rad, result.recorded).astype(np.float32)
 
@@ -101,8 +101,8 @@ def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) 
     unit, error = contract.action_unit, np.abs(result.predicted - result.recorded)
     groups = [
         ("joint_position", result.state_rad, "rad", "recorded position"),
-        ("predicted_action", result.predicted, unit, f"predicted {contract.action_mode} action"),
-        ("gt_action", result.recorded, unit, f"recorded {contract.action_mode} action"),
+        ("predicted_action", result.predicted, unit, f"predicted {contract.action_kind} action"),
+        ("gt_action", result.recorded, unit, f"recorded {contract.action_kind} action"),
         ("abs_error", error, unit, "|predicted - recorded|"),
     ]
     if result.rollout_rad is not None:
@@ -127,7 +127,7 @@ def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) 
             pa.field(name, kind, metadata={"unit": unit, "description": what} if unit else {"description": what})
             for name, _, kind, unit, what in columns
         ],
-        metadata={"action_mode": contract.action_mode, "episode": result.name},
+        metadata={"action_mode": contract.action_kind, "episode": result.name},
     )
     arrays = [values if isinstance(values, pa.Array) else pa.array(values, kind) for _, values, kind, _, _ in columns]
     return pa.Table.from_arrays(arrays, schema=schema)
