@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine (Python >= 3.10 with venv, and a network for the first install):
-#   make demo   record bags of a simulated UR10e, train ACT on them, evaluate it on those that training held out
+#   make demo   record bags of a simulated UR10e, train ACT on them, let the policy do its task in closed loop
 #   make test   all tests and linters
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,22 +8,22 @@ MAKEFLAGS += --no-print-directory
 
 PY := .venv/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
-DEMO_EPISODES ?= 40
-DEMO_EVAL := --checkpoint outputs/demo --bags outputs/demo-bags --output outputs/demo-eval --mode every-step
+DEMO_EPISODES ?= 400
+DEMO_ROLLOUTS := --checkpoint outputs/demo --episodes 200 --output outputs/demo-rollouts --gif outputs/demo.gif
 TESTS ?= tests
 
 .PHONY: demo test system-tools lint constraints clean
 
 demo: .venv/installed-trainer
-	@echo "== 1/3 sample bags of a simulated UR10e (about 10 seconds, once)"
+	@echo "== 1/3 sample bags of a simulated UR10e (half a minute, once)"
 	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap \
-		--height 240 --width 320
-	@echo "== 2/3 training ACT on them (about 3 minutes on 2 cores)"
+		--height 120 --width 160 --workers $$(nproc)
+	@echo "== 2/3 training ACT on them (about 4 minutes on 2 cores)"
 	@echo "   python train.py --config sim/demo.yaml --overwrite"
 	@$(PY) train.py --config sim/demo.yaml --overwrite
-	@echo "== 3/3 what the policy would do on the held-out episodes"
-	@echo "   python -m ur10e_deploy.offline_eval $(DEMO_EVAL)"
-	@$(PY) -m ur10e_deploy.offline_eval $(DEMO_EVAL)
+	@echo "== 3/3 the policy drives the simulated arm, on 200 scenes that no recording has"
+	@echo "   python -m sim.rollout $(DEMO_ROLLOUTS)"
+	@$(PY) -m sim.rollout $(DEMO_ROLLOUTS)
 
 # A part of them: make test TESTS=tests/test_train.py; without the containers, which take a third of the time:
 # make test TESTS="tests --ignore=tests/test_osmo_images.py"

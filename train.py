@@ -294,7 +294,6 @@ class Trainer:
         self.precision = world.share(device.choose_precision(cfg.training.precision, world.device))  # one for all nodes
         self.rounding = identity.rounding_conditions(self.settings, world.device, world.size, self.precision)
         self.output_dir = Path(cfg.training.output_dir)
-        self.metrics = self.output_dir / metrics.METRICS
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
         device.allow_tf32()
@@ -316,7 +315,8 @@ class Trainer:
         if resume_from is not None:
             self._resume(resume_from, state)
         if world.is_main:
-            metrics.cut_metrics(self.metrics, self.step)
+            path, on_error = self.output_dir / metrics.METRICS, cfg.training.on_save_error
+            self.journal = metrics.Journal(path, self.step, on_error, self.say)
         self.saver = CheckpointSaver()
         world.before_death = lambda: self.saver.settle(timeout_s=20)  # torchrun ends what is left after 30 s
 
@@ -585,7 +585,7 @@ class Trainer:
     def _append(self, line: dict[str, Any]) -> None:
         """Rank 0 logs a line, to metrics.jsonl and to the tracker."""
         if self.world.is_main:
-            metrics.append(self.metrics, line, on_error=self.cfg.training.on_save_error)
+            self.journal.append(line)
             self.tracker.log(line)
 
     def _validate(self) -> float | None:

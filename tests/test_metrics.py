@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import train
 from tests.tiny import ROOT, arguments, run
-from training.metrics import Pace, read_metrics
+from training.metrics import Journal, Pace, Watch, read_metrics
 
 FULL_DISK = """
 import resource, sys
@@ -71,3 +72,71 @@ def test_the_wall_clock_counts_saving_and_validation(monkeypatch):
     pace.restart(10)
     now_s[0] += 1
     assert pace.read(14) == (4.0, 4.0, 0.0)
+
+
+# -- a run that goes wrong ----------------------------------------------------------------------------------------
+
+
+def told(l1=(), gradients=(), validations=()) -> list[str]:
+    """What a watch says of training lines with these values, each with a validation beside it where there is one."""
+    watch, notes = Watch(), []
+    for i in range(max(len(l1), len(gradients))):
+        loss, norm = (values[i] if values else 1.0 / (i + 1) for values in (l1, gradients))
+        notes.append(watch.add({"step": i + 1, "loss": loss, "l1_loss": loss, "grad_norm": norm}))
+        if validations:
+            notes.append(watch.add({"step": i + 1, "val_l1_loss": validations[i]}))
+    return [note for note in notes if note]
+
+
+def test_a_gradient_that_runs_away_is_said_once():
+    """A thousand times the median, not ten times; a second such line says nothing new."""
+    (note,) = told(gradients=[2.0, 3.0, 20.0, 2.0, 2.6e3, 1e7])
+    assert note.startswith("step 5: the gradient norm is 2.6e+03") and "lower training.lr" in note
+    assert not told(gradients=[2.0, 3.0, 2.0, 1.9e3])
+
+
+def test_a_loss_that_does_not_move_is_said():
+    """After twenty lines around its first value; one that fell by more than a tenth for a while says nothing."""
+    (note,) = told(l1=[0.80, *[0.79, 0.82] * 20])
+    assert note.startswith("step 20: the loss has not moved: L1 was 0.800 at the start")
+    assert not told(l1=[0.8] * 19) and not told(l1=[*[0.8] * 8, *[0.7] * 3, *[0.8] * 40])
+
+
+def test_a_validation_that_parts_from_training_is_said():
+    """Three times in a row half as much again as the best, while training goes on falling."""
+    rising = [1.0, 0.5, 0.6, 0.8, 0.9, 1.0, 1.1]
+    falling = [1.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    (note,) = told(l1=falling, validations=rising)
+    assert note.startswith("step 6: L1 on held-out episodes is 1.000, up from 0.500 at step 2")
+    assert not told(l1=[1.0, 0.7] + [0.8] * 5, validations=rising)  # both rise: no over-fitting
+    assert not told(l1=falling, validations=[1.0, 0.5, 0.9, 0.6, 0.9, 0.6, 0.9])  # never three in a row
+
+
+def test_a_resumed_run_does_not_say_it_again(tmp_path: Path):
+    """The watch is fed with the lines that are there; those after the checkpoint are dropped, and counted no more."""
+    said: list[str] = []
+    path = tmp_path / "metrics.jsonl"
+
+    def line(step: int, norm: float) -> dict:
+        return {"step": step, "loss": 1.0, "l1_loss": 1.0, "grad_norm": norm}
+
+    journal = Journal(path, 0, "stop", said.append)
+    for step, norm in ((1, 1.0), (2, 1.0), (3, 1e5)):
+        journal.append(line(step, norm))
+    assert len(said) == 1 and said[0].startswith("warning: step 3: the gradient norm")
+    Journal(path, 3, "stop", said.append).append(line(4, 1e6))
+    assert len(said) == 1
+    Journal(path, 2, "stop", said.append).append(line(3, 1e6))
+    assert len(said) == 2 and len(path.read_text().splitlines()) == 3
+
+
+def test_a_run_says_what_goes_wrong_and_how_little_it_sees(sample_bags: Path, tmp_path: Path, capsys):
+    """At the start: too few passes over the data. In the end, in summary and summary.json: what was seen on the way."""
+    output = run(
+        sample_bags, tmp_path, training__log_freq=1, training__steps=24, training__lr=1e-12,
+        training__lr_backbone=1e-12, training__save_freq=24, training__val_fraction=0, model__use_vae="false",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "note: 24 steps are 0.1 passes over the data, 48 samples" in said
+    (note,) = json.loads((output / "summary.json").read_text())["warnings"]
+    assert "the loss has not moved" in note and f"warning: {note}" in said and f"  warning     {note}" in said

@@ -1,6 +1,6 @@
-"""metrics.jsonl, one JSON object a line, and the pace that is logged in it.
+"""metrics.jsonl, one JSON object a line, what it says of a run that goes wrong, and the pace that is logged in it.
 
-Training lines have `loss`, validation lines `val_l1_loss`; both have `step`. This room knows no other name in them.
+Training lines have `loss`, validation lines `val_l1_loss`; both have `step`.
 """
 
 from __future__ import annotations
@@ -8,28 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
-
-
-def append(path: Path, line: dict[str, Any], on_error: str) -> None:
-    """Append a line to metrics.jsonl; with `on_error` "continue", a line that cannot be written is only printed.
-
-    Raises:
-        OSError: with `on_error` "stop".
-    """
-    try:
-        append_line(path, json.dumps(line))
-    except OSError as error:
-        if on_error == "stop":
-            raise
-        print(f"warning: {path}: {error.strerror}; step {line['step']} is not in it", file=sys.stderr)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -73,6 +61,95 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     """-> (training lines, validation lines) of metrics.jsonl."""
     lines = metrics_lines(path)
     return [line for line in lines if "loss" in line], [line for line in lines if "val_l1_loss" in line]
+
+
+# A gradient norm of so many times its median so far is no noise: a run that diverges, and does not come back.
+RUNAWAY_GRADIENT = 1_000
+# Lines before anything is said of the loss, and the part of its first value (medians of five lines) below which it has
+# moved.
+LINES_TO_JUDGE, MOVED = 20, 0.9
+# Validations in a row that were worse than the best one by this factor while training's L1 fell.
+DIVERGING_VALIDATIONS, DIVERGED = 3, 1.5
+
+
+class Watch:
+    """Sees in the lines of metrics.jsonl that training goes wrong, and says each thing once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._gradients: list[float] = []
+        self._l1: list[float] = []
+        self._moved = False
+        self._best: dict[str, Any] = {}  # the best validation line, with training's L1 at that time
+        self._worse = 0
+
+    def add(self, line: dict[str, Any]) -> str | None:
+        """Take in the next line; -> what to say of it, if anything."""
+        kind, note = self._judge(line) or ("", None)
+        if note is None or kind in self._said:
+            return None
+        self._said.add(kind)
+        return f"step {line['step']}: {note}"
+
+    def _judge(self, line: dict[str, Any]) -> tuple[str, str] | None:
+        if "val_l1_loss" in line:
+            return self._judge_validation(line["val_l1_loss"], line["step"])
+        gradients, self._gradients = self._gradients, [*self._gradients, line["grad_norm"]]
+        self._l1.append(line["l1_loss"])
+        if gradients and line["grad_norm"] > RUNAWAY_GRADIENT * statistics.median(gradients):
+            return "gradient", (
+                f"the gradient norm is {line['grad_norm']:.3g}, {line['grad_norm'] / statistics.median(gradients):.0f} "
+                "times its median so far: training diverges; lower training.lr and training.lr_backbone"
+            )
+        first, last = (statistics.median(lines) for lines in (self._l1[:5], self._l1[-5:]))
+        self._moved |= last < MOVED * first
+        if len(self._l1) >= LINES_TO_JUDGE and not self._moved:
+            return "stuck", (
+                f"the loss has not moved: L1 was {first:.3f} at the start and is {last:.3f}; "
+                "try another training.lr, and look at the data with python -m rosbag_dataset"
+            )
+        return None
+
+    def _judge_validation(self, l1: float, step: int) -> tuple[str, str] | None:
+        training = self._l1[-1] if self._l1 else math.inf
+        if not self._best or l1 < self._best["l1"]:
+            self._best, self._worse = {"l1": l1, "step": step, "training": training}, 0
+            return None
+        self._worse = self._worse + 1 if l1 > DIVERGED * self._best["l1"] and training < self._best["training"] else 0
+        if self._worse < DIVERGING_VALIDATIONS:
+            return None
+        return "validation", (
+            f"L1 on held-out episodes is {l1:.3f}, up from {self._best['l1']:.3f} at step {self._best['step']}, while "
+            "training's falls: it learns its episodes by heart; record more, or use `best`, which stays there"
+        )
+
+
+class Journal:
+    """metrics.jsonl of a run that is under way, from `step` on: what comes after is dropped, and written again.
+
+    Args:
+        path: the file, which need not be there.
+        step: the last one that counts.
+        on_error: "continue" only prints a line that cannot be written; "stop" raises.
+        say: called with a note when training goes wrong.
+    """
+
+    def __init__(self, path: Path, step: int, on_error: str, say: Callable[[str], object]) -> None:
+        self._path, self._on_error, self._say, self._watch = path, on_error, say, Watch()
+        cut_metrics(path, step)
+        for line in metrics_lines(path):
+            self._watch.add(line)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line. Raises OSError, which names the file, unless `on_error` is "continue"."""
+        if note := self._watch.add(line):
+            self._say(f"warning: {note}")
+        try:
+            append_line(self._path, json.dumps(line))
+        except OSError as error:
+            if self._on_error == "stop":
+                raise
+            print(f"warning: {self._path}: {error.strerror}; step {line['step']} is not in it", file=sys.stderr)
 
 
 class Pace:

@@ -16,8 +16,9 @@ import torch
 
 from rosbag_dataset import ChunkDataset, Episode, sync_table
 
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS, Watch, metrics_lines, read_metrics
 
+FEW_PASSES = 5  # over the data: with fewer, a policy has seen too little to do its task
 SUMMARY_EPISODES = 5  # held-out episodes that the summary predicts on, frame by frame
 
 Predict = Callable[[dict[str, np.ndarray]], torch.Tensor]
@@ -112,12 +113,19 @@ def print_opening(
 ) -> None:
     """Print what will be trained, on what and for how long; `training` is that section of the configuration."""
     names = ", ".join(e.name for e in held_out) or "none"
+    passes = training.steps * effective_batch / samples
     print(
         f"training {model} for {training.steps} steps; effective batch {effective_batch} = {training.batch_size} per "
         f"GPU x {effective_batch // training.batch_size}; {samples} samples from {episodes} episodes, {len(held_out)} "
         f"held out ({names})",
         flush=True,
     )
+    if passes < FEW_PASSES:
+        print(
+            f"note: {training.steps} steps are {passes:.1f} passes over the data, {training.steps * effective_batch} "
+            "samples; LeRobot's guide trains ACT on 240,000 to 1,280,000 samples: raise training.steps for a policy "
+            "that does its task"
+        )
     if step >= training.steps:
         print(f"nothing left to train: the run is at step {step}, training.steps is {training.steps}")
 
@@ -186,6 +194,8 @@ def finish(
     assert shown is not None  # compute_stats has refused data in which no episode has an action
     mae = {name: np.concatenate(parts) for name, parts in errors.items()}
     training, validation = read_metrics(output_dir / METRICS)
+    watch = Watch()
+    trouble = [note for line in metrics_lines(output_dir / METRICS) if (note := watch.add(line))]
     kind = "held-out" if any_unseen else "training (none was held out)"
     which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
     unit = "rad per frame" if action_mode == "delta" else "rad"
@@ -206,6 +216,7 @@ def finish(
         "val_l1_last": validation[-1]["val_l1_loss"] if validation else None,
         "samples_per_s": float(np.median([m["samples_per_s"] for m in training])) if training else None,
         "samples_per_s_wall": _wall_rate(training),
+        "warnings": trouble,
         "checkpoint": str(output_dir / "last" / "pretrained_model"),
         "picture": picture,
     }
@@ -225,6 +236,7 @@ def finish(
         best = min(validation, key=lambda m: m["val_l1_loss"])
         text = f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})"
         lines.append(("held out", text))
+    lines += [("warning", note) for note in trouble]
     compared = ", ".join(f"{name} {value:.6f}" for name, value in summary["mae_rad"].items())
     lines.append(("error", f"mean absolute, {unit}, on {which}: {compared}"))
     lines += [("checkpoint", summary["checkpoint"]), ("picture", picture)]
