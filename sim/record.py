@@ -38,8 +38,8 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
+from sim import scene as scenes
 from sim.expert import random_episode
-from sim.scene import Renderer
 from sim.ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 JOINT_TOPIC, JOINT_HZ = "/joint_states", 125
@@ -84,13 +84,15 @@ def camera_times(rng, duration_s):
     return t_s[~dropped]
 
 
-def plan_episode(seed, index):
-    """Everything about an episode but its pixels.
+def plan_episode(seed, index, varied=False):
+    """Everything about an episode but its pixels; with `varied` the light and the camera's place are its own.
 
     Returns (scene, expert, events); an event is (receive_ns, stamp_ns, t_s, kind) with kind "joints" or
     "camera", sorted by receive_ns.
     """
     scene, expert = random_episode(seed, index)
+    if varied:
+        scene = scenes.varied(scene, np.random.default_rng([seed, index, 3]))  # 2 is the roll-outs' stream
     rng = np.random.default_rng([seed, index, 1])  # its own stream: timing never changes the motion
     begin_ns = EPOCH_NS + index * EPISODE_SPACING_NS
     events = []
@@ -105,13 +107,13 @@ def plan_episode(seed, index):
     return scene, expert, sorted(events)
 
 
-def write_episode(bag, seed, index, storage="sqlite3", compressed=False, height=480, width=640):
+def write_episode(bag, seed, index, storage="sqlite3", compressed=False, height=480, width=640, varied=False):
     """Write episode `index` to the new rosbag2 folder `bag`; returns its number of camera frames.
 
     Raises rosbags' WriterError when `bag` exists.
     """
-    scene, expert, events = plan_episode(seed, index)
-    renderer = Renderer(scene, height, width)
+    scene, expert, events = plan_episode(seed, index, varied)
+    renderer = scenes.Renderer(scene, height, width)
     store = get_typestore(Stores.ROS2_HUMBLE)
     types = store.types
     effort = np.zeros(6)
@@ -197,6 +199,7 @@ def record(
     compressed=False,
     height=480,
     width=640,
+    varied=False,
     workers=1,
     progress=False,
 ):
@@ -210,6 +213,8 @@ def record(
     """
     out = Path(out)
     arguments = dict(episodes=episodes, seed=seed, storage=storage, compressed=compressed, height=height, width=width)
+    if varied:  # recordings from before it could be asked for do not say
+        arguments["varied"] = True
     _check_arguments(workers=workers, **arguments)
     digits = max(3, len(str(episodes - 1)))
     bags = [out / f"episode_{index:0{digits}d}" for index in range(episodes)]
@@ -218,7 +223,7 @@ def record(
 
     camera_frames = [sum(event[3] == "camera" for event in plan_episode(seed, i)[2]) for i in range(episodes)]
     _prepare(out, arguments, bags, needed_bytes=0 if compressed else sum(camera_frames) * height * width * 3)
-    tasks = [(bag, seed, index, storage, compressed, height, width) for index, bag in enumerate(bags)]
+    tasks = [(bag, seed, index, storage, compressed, height, width, varied) for index, bag in enumerate(bags)]
     # disable=None: a bar on a terminal only, so that logs stay readable.
     with tqdm(total=sum(camera_frames), unit="frame", disable=None if progress else True) as bar:
         if min(workers, episodes) == 1:
@@ -252,7 +257,7 @@ def _start_worker():
     cv2.setNumThreads(1)  # the processes are the parallelism
 
 
-def _check_arguments(episodes, seed, storage, compressed, height, width, workers):
+def _check_arguments(episodes, seed, storage, compressed, height, width, workers, varied=False):
     if episodes < 1:
         raise ValueError(f"--episodes is {episodes}; expected 1 or more")
     if seed < 0:
@@ -273,7 +278,8 @@ def _is_finished(out, arguments, bags):
     manifest = _read_manifest(out / MANIFEST)
     found = manifest["arguments"]
     if found != arguments:
-        changed = [f"{k} {found.get(k)}, not {v}" for k, v in arguments.items() if found.get(k) != v]
+        names = {**arguments, **found}
+        changed = [f"{k} {found.get(k)}, not {arguments.get(k)}" for k in names if found.get(k) != arguments.get(k)]
         raise FileExistsError(f"{out} holds a recording with {', '.join(changed)}; choose another --out or remove it")
     folders = {path for path in out.iterdir() if path.is_dir()}
     if folders != set(bags) or _size_bytes(bags) != manifest.get("bytes"):
@@ -336,7 +342,7 @@ def _write_json(path, content):
 def contact_sheet(seed, height=480, width=640):
     """Six moments of episode 0, from the start to the touch, in two rows: (2 H, 3 W, 3) uint8 RGB."""
     scene, expert = random_episode(seed, 0)
-    renderer = Renderer(scene, height, width)
+    renderer = scenes.Renderer(scene, height, width)
     moments_s = np.linspace(0.2, 0.9, 6) * expert.duration_s
     frames = [renderer.render(expert.position(t_s)) for t_s in moments_s]
     return np.vstack([np.hstack(frames[:3]), np.hstack(frames[3:])])
@@ -360,6 +366,7 @@ def main(argv=None):
     parser.add_argument("--compressed", action="store_true", help="JPEG images (CompressedImage)")
     parser.add_argument("--height", type=int, default=480, help="pixels (default 480)")
     parser.add_argument("--width", type=int, default=640, help="pixels (default 640)")
+    parser.add_argument("--varied", action="store_true", help="each episode has a light and a camera pose of its own")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--preview", type=Path, help="also write a contact sheet of episode 0 (.png or .jpg)")
     args = vars(parser.parse_args(argv))

@@ -5,7 +5,7 @@ far to the near. A cylinder is shaded by painting ever thinner cylinders inside 
 to the light, which needs no pixel loop and draws a frame in a few milliseconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -21,6 +21,8 @@ CAMERA_POSITION_M, CAMERA_TARGET_M = np.array([-1.70, 0.86, 1.08]), np.array([-0
 TABLE_LOW_M, TABLE_HIGH_M, TABLE_THICKNESS_M = (-1.05, -0.75), (0.35, 0.75), 0.06
 BLOCK_SIDE_M = 0.08
 BLOCK_LOW_M, BLOCK_HIGH_M = (-0.82, -0.28), (-0.50, 0.28)
+
+VARIED_CAMERA_M = 0.03  # how far `varied` moves the camera at most
 
 LIGHT_GREY, DARK_GREY, BLACK, BLUE = (214, 217, 220), (120, 124, 130), (52, 54, 58), (86, 160, 211)
 # Painted layers of a cylinder: its radius (as a fraction) and its brightness, from the rim to the highlight.
@@ -89,6 +91,19 @@ def random_scene(rng):
     red, green, blue = rng.uniform((215, 25, 25), (240, 95, 45)).tolist()
     light = tuple(_unit(rng.uniform((-0.7, -0.2, 1.5), (-0.3, 0.4, 1.5))).tolist())
     return Scene(block_xy_m, yaw_rad, (red, green, blue), light, float(rng.uniform(0.9, 1.08)))
+
+
+def varied(scene, rng):
+    """The scene as a cell that is not always the same shows it: a Scene with other light and another camera pose.
+
+    The light comes from any side, as high as it was; the camera is up to VARIED_CAMERA_M from its place.
+    """
+    turn_rad = rng.uniform(-np.pi, np.pi)
+    x, y, z = scene.light
+    cos, sin = np.cos(turn_rad), np.sin(turn_rad)
+    direction = _unit(rng.normal(size=3))
+    shift_m = rng.uniform(0.0, VARIED_CAMERA_M) * direction
+    return replace(scene, light=(x * cos - y * sin, x * sin + y * cos, z), camera_shift_m=tuple(shift_m.tolist()))
 
 
 class Renderer:

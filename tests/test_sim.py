@@ -307,6 +307,25 @@ def test_episode_depends_on_seed_and_index_only(tmp_path):
     assert once[0] != recorded("other", episodes=1, seed=8)[0]
 
 
+def test_varied_episodes_differ_in_light_and_camera_pose_alone(tmp_path, capsys):
+    """The same motion and times with other pixels; every pose within 3 cm, light from all around; asked for by name."""
+    plain, varied = (record(tmp_path / str(v), 1, seed=7, varied=v, **SMALL)[0] for v in (False, True))
+    joints, pixels = [], []
+    for bag in (plain, varied):
+        messages = read_messages(bag)
+        joints.append([m[:4] for m in messages if m[0] == recorder.JOINT_TOPIC])
+        pixels.append([m[4].data for m in messages if m[0] == recorder.CAMERA_TOPIC])
+    assert joints[0] == joints[1] and len(pixels[0]) == len(pixels[1])
+    assert all((a != b).any() for a, b in zip(*pixels, strict=True))
+    scenes = [recorder.plan_episode(7, i, varied=True)[0] for i in range(200)]
+    distance_m = np.linalg.norm([scene.camera_shift_m for scene in scenes], axis=1)
+    assert distance_m.max() <= 0.03 and distance_m.min() < 0.005 and distance_m.max() > 0.025
+    side_rad = np.arctan2(*np.array([scene.light[:2] for scene in scenes]).T)
+    assert all((side_rad // (np.pi / 2) == quarter).any() for quarter in (-2, -1, 0, 1))
+    with pytest.raises(FileExistsError, match="holds a recording with varied True, not None"):
+        record(tmp_path / "True", 1, seed=7, **SMALL)
+
+
 # --- The command ------------------------------------------------------------------------------------------
 
 

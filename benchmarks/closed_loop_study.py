@@ -1,0 +1,151 @@
+"""Which settings give a policy that does its task? One factor at a time around the demo's, in closed loop.
+
+    python -m benchmarks.closed_loop_study                                   # all arms, three seeds: hours on 2 cores
+    python -m benchmarks.closed_loop_study --arms demo,delta,relative --seeds 1
+
+Each arm is `train.py --config sim/demo.yaml` with the overrides that its row names, and then `sim.rollout` on scenes
+that no recording has. It resumes: what is finished in --out is not done again, a training that was interrupted goes on.
+Ends with one table, also in --out/study.md, and all numbers in --out/study.json. Success rates of one arm's seeds
+differ by tens of points where a policy only half learns its task: the spread is a result, so it is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sim.record import record
+from sim.rollout_measures import wilson
+
+from .common import ROOT, BenchmarkError, Parser, say, whole_number
+
+MOST_EPISODES = 400  # recorded once; an arm with fewer takes the first of them
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row: overrides of sim/demo.yaml, options of sim.rollout, and how many of the episodes it is given."""
+
+    overrides: tuple[str, ...] = ()
+    rollout: tuple[str, ...] = ()
+    episodes: int = MOST_EPISODES
+
+
+VAE = ("model.use_vae=true", "training.kl_weight=10")
+ARMS = {
+    "demo": Arm(),
+    "delta": Arm(("conventions.action_mode=delta",)),
+    "relative": Arm(("conventions.action_mode=relative",)),
+    "delta, every-step": Arm(("conventions.action_mode=delta",), ("--mode", "every-step")),
+    "VAE": Arm(VAE),
+    "chunk 15": Arm(("model.chunk_size=15",)),
+    "chunk 60": Arm(("model.chunk_size=60",)),
+    "executes 1": Arm(rollout=("--mode", "every-step")),
+    "executes 30": Arm(rollout=("--n-action-steps", "30")),
+    "ensemble": Arm(rollout=("--mode", "ensemble")),
+    "100 episodes": Arm(episodes=100),
+    "40 episodes": Arm(episodes=40),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `python -m benchmarks.closed_loop_study`. Exit code 0: the table is whole; 1: an arm failed."""
+    parser = Parser(prog="python -m benchmarks.closed_loop_study", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/study", help="default: outputs/study")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", type=whole_number(1), default=3, help="of the training, from 1 on (default: 3)")
+    parser.add_argument("--episodes", type=whole_number(1), default=100, help="scenes of each (default: 100)")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of every arm")
+    args = parser.parse_args(argv)
+    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+        parser.error(f"--arms {','.join(unknown)}: expected some of {', '.join(ARMS)}")
+    try:
+        bags = recorded_bags(args.out)
+        rows = {arm: [score(arm, seed, bags, args) for seed in range(1, args.seeds + 1)] for arm in args.arms}
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = table(rows)
+    (args.out / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (args.out / "study.md").write_text(text)
+    print(text)
+    return 0
+
+
+def recorded_bags(out: Path) -> dict[int, Path]:
+    """{number of episodes: folder of bags}, recorded once; the smaller sets are links into the largest."""
+    bags = record(out / "bags", MOST_EPISODES, seed=1, storage="mcap", height=120, width=160, workers=2, progress=True)
+    folders = {}
+    for count in sorted({arm.episodes for arm in ARMS.values()}):
+        folders[count] = out / f"bags-{count}"
+        folders[count].mkdir(exist_ok=True)
+        for bag in bags[:count]:
+            link = folders[count] / bag.name
+            if not link.is_symlink():
+                link.symlink_to(bag.resolve())
+    return folders
+
+
+def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) -> dict[str, float]:
+    """Train one arm with one seed and roll it out, unless that is done; -> what its row needs.
+
+    Arms that differ in the roll-out alone share a training.
+    """
+    what = ARMS[arm]
+    overrides = [*what.overrides, *args.override, f"training.seed={seed}", f"data.bag_dir={bags[what.episodes]}",
+                 f"data.cache_dir={args.out / 'cache'}"]  # fmt: skip
+    name = ",".join([*what.overrides, *args.override, f"{what.episodes}"]) + f",{seed}"
+    run = args.out / "runs" / name.replace("/", "_")
+    overrides.append(f"training.output_dir={run}")
+    command(f"{arm}, seed {seed}: training", "train.py", "--config", "sim/demo.yaml", "--resume",
+            *(f"--override={o}" for o in overrides))  # fmt: skip
+    output = args.out / "rollouts" / f"{arm}, seed {seed}"
+    options = ["--episodes", str(args.episodes), "--no-pictures", "--output", str(output), *what.rollout]
+    if not (output / "rollouts.json").exists():
+        command(f"{arm}, seed {seed}: roll-outs", "-m", "sim.rollout", "--checkpoint", str(run), *options)
+    found = json.loads((output / "rollouts.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "successes": found["success"]["successes"],
+        "scenes": found["success"]["episodes"],
+        "success_rate": found["success"]["success_rate"],
+        "final_distance_m": found["success"]["final_distance_median_m"],
+        "peak_speed_rad_s": found["success"]["peak_speed_median_rad_s"],
+        "val_l1": summary["val_l1_last"],
+    }
+
+
+def command(title: str, *words: str) -> None:
+    """Run a command of this project. Raises BenchmarkError with its last line, and how to run it by hand."""
+    say(title)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchmarkError(f"{title}: {last}; run it by hand: python {shlex.join(words)}")
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """The rows as Markdown: success over all seeds' scenes with its 95 % interval, of each seed, and means."""
+    lines = ["| Arm | Success (95 %) | Each seed | Final distance, median | Fastest joint, median | L1, held out |"]
+    lines.append("|---" * 6 + "|")
+    for arm, seeds in rows.items():
+        successes, scenes = (sum(int(seed[key]) for seed in seeds) for key in ("successes", "scenes"))
+        low, high = wilson(successes, scenes)
+        each = ", ".join(f"{seed['success_rate']:.0%}" for seed in seeds)
+        mean = {key: statistics.mean(seed[key] for seed in seeds) for key in seeds[0]}
+        lines.append(
+            f"| {arm} | **{successes / scenes:.0%}** ({low:.0%} to {high:.0%}) | {each} | "
+            f"{mean['final_distance_m'] * 100:.1f} cm | {mean['peak_speed_rad_s']:.2f} rad/s | {mean['val_l1']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
