@@ -7,10 +7,10 @@ Must not know: the success criterion (world.py), what is measured, files, the co
 import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.policy_runner import step_together
+from ur10e_deploy.ur10e import JOINT_NAMES
 
 from sim.expert import Expert
 from sim.scene import BLOCK_HIGH_M, BLOCK_LOW_M
-from sim.ur10e import JOINT_NAMES
 from sim.world import TIMEOUT_S
 
 TOGETHER = 50  # episodes that run side by side and share inferences

@@ -15,11 +15,11 @@ import cv2
 import numpy as np
 from ur10e_deploy.report import STYLE
 from ur10e_deploy.results import Output
+from ur10e_deploy.ur10e import JOINT_NAMES, tool_tip
 
 from sim import rollout_pictures as pictures
 from sim.closed_loop import POLICY
 from sim.scene import BLOCK_SIDE_M
-from sim.ur10e import JOINT_NAMES, tool_tip
 from sim.world import HELD_S, goal_m
 
 FILES = re.compile(r"report\.html|rollouts\.json|steps\.parquet|rollouts\.mp4|contact_sheet\.png|top_view\.png")

@@ -3,6 +3,7 @@ the data is one line, and a gate stops a chain."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,8 +20,11 @@ import pytest
 import torch
 from ur10e_deploy import compare, offline_eval, report
 from ur10e_deploy.checks import EvalError, check_data, check_source, told_action_mode
+from ur10e_deploy.episode_result import ChunkErrors
 from ur10e_deploy.policy_runner import PolicyRunner
+from ur10e_deploy.results import positions_ahead, screen
 from ur10e_deploy.sources import BagSource
+from ur10e_deploy.ur10e import link_frames
 
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import UR_JOINTS, ChunkDataset, Episode, load_episodes, settings_from, wrap_to_pi
@@ -626,6 +630,34 @@ def test_a_dataset_without_its_decoder_is_one_line(trained, tmp_path, capsys, mo
     monkeypatch.delitem(sys.modules, "ur10e_deploy.lerobot_dataset", raising=False)
     line = refused(capsys, evaluate, trained, tmp_path / "out", dataset=tmp_path)
     assert "av is not installed; `uv pip install av`" in line
+
+
+@pytest.mark.parametrize("deltas", [True, False])
+def test_how_far_a_chunk_leads_from_the_truth(trained: Path, trained_absolute: Path, deltas: bool):
+    """Half a second and a second ahead, in joint space and at the UR10e's flange: a pan that is 10 mrad off at a reach
+    of r turns the tool by 10 mm per metre of it. Horizons beyond the chunk are not there; other arms have no tool."""
+    contract = PolicyRunner(trained if deltas else trained_absolute, backend="native", device="cpu").contract
+    state = np.array([0.1, -1.2, 1.5, -1.8, -1.5, 0.2])
+    truth = state + np.outer(np.arange(1, 21), np.full(6, 0.01))  # 20 frames at 30 Hz
+    guess = truth + np.array([0.01, 0, 0, 0, 0, 0])
+    errors = ChunkErrors(20, 6, 30.0, deltas)
+    as_actions = (lambda q: np.diff(q, axis=0, prepend=state[None])) if deltas else (lambda q: q)
+    for _ in range(2):
+        errors.add(as_actions(guess).astype(np.float32), as_actions(truth).astype(np.float32), state)
+    errors.add(as_actions(guess).astype(np.float32), as_actions(truth)[:5].astype(np.float32), state)  # a short piece
+    (row,) = positions_ahead(errors, contract)
+    assert (row["seconds"], row["chunks"]) == (0.5, 2)
+    assert row["joint_rad_mean"] == pytest.approx(0.01 / 6, rel=1e-3)
+    flange = link_frames(truth[14])[6, :3, 3]
+    assert row["tool_m_mean"] == pytest.approx(0.01 * np.hypot(*flange[:2]), rel=1e-2)
+    other = dataclasses.replace(contract, joint_names=tuple(f"joint_{i}" for i in range(6)))
+    assert positions_ahead(errors, other)[0]["tool_m_mean"] is None
+
+
+def test_the_screen_does_not_promise_success(evaluated: Path):
+    """An offline error ranked simulated policies backwards."""
+    said = screen(summary_of(evaluated), evaluated, "")
+    assert "this does not predict success at the task: python -m sim.rollout measures that" in said
 
 
 def test_verdicts_in_words(evaluated: Path):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from ur10e_deploy.policy_runner import PolicyRunner, step_together
 from ur10e_deploy.sources import BagSource
+from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 
 from sim import rollout, rollout_pictures
 from sim.closed_loop import GREY, MEAN_BLOCK, OTHER
@@ -21,7 +22,6 @@ from sim.expert import random_episode
 from sim.record import CAMERA_LATENCY_S, plan_episode
 from sim.rollout_measures import depths, measure, stalled_s, wilson
 from sim.scene import Renderer
-from sim.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 from sim.world import HELD_S, IMAGE_AGE_S, PERTURBATIONS, Conditions, World, goal_m, judge
 from tests.policies import (
     as_batch,

@@ -20,6 +20,8 @@ import numpy as np
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
 from rosbag_dataset import UR_JOINTS, wrap_to_pi
 
+from .ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
+
 CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
 ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)
 WARM_UP_INFERENCES = 3  # the first ones allocate, choose kernels and compile: measured apart
@@ -173,12 +175,12 @@ class RobotContract:
     def joint_limits_rad(self) -> tuple[np.ndarray, np.ndarray]:
         """(lowest, highest), each (J,): the UR10e's own joint limits, and none for a joint that is not the arm's.
 
-        From Universal Robots' description of the UR10e: two turns, one for the elbow; the same in both signs.
+        They are the same in both signs.
         """
+        limits = dict(zip(JOINT_NAMES, POSITION_LIMIT_RAD, strict=True))
         names = self.joint_names or ("",) * len(self.joint_sign)
-        high = np.array([
-            np.pi if n.endswith("elbow_joint") else 2 * np.pi if n.endswith(UR_JOINTS) else np.inf for n in names
-        ])  # fmt: skip
+        of = [[limit for joint, limit in limits.items() if name.endswith(joint)] for name in names]
+        high = np.array([found[0] if found else np.inf for found in of])
         return -high, high
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+HORIZONS_S = (0.5, 1.0)  # how far ahead of the observation a chunk's positions are compared
+
 
 @dataclass
 class EpisodeResult:
@@ -30,15 +32,37 @@ class EpisodeResult:
     thumbnails: list[tuple[float, dict[str, np.ndarray]]]  # (seconds, camera -> image)
 
 
-@dataclass
 class ChunkErrors:
-    """How far ahead can the policy see? |predicted - recorded| by position in the chunk, over all inferred chunks."""
+    """How far ahead can the policy see? Inferred chunks against what was recorded from there on.
 
-    total: np.ndarray  # (chunk, J) float64, the sum
-    count: np.ndarray  # (chunk,) int64, of how many chunks
+    Args:
+        chunk_size: actions of a chunk.
+        joints: their number, J.
+        fps: frames per second.
+        deltas: the actions are deltas, which add up to positions; else they are positions.
 
-    def add(self, chunk: np.ndarray, recorded: np.ndarray) -> None:
-        """Add an inferred chunk (chunk, J) and the actions (n, J), n <= chunk, that were recorded from there on."""
+    Attributes:
+        total: (chunk, J) float64, the sum of |predicted - recorded| by position in the chunk.
+        count: (chunk,) int64, of how many chunks.
+        ahead: {seconds: list of (predicted, recorded) positions (J,) float64, rad}, from the observation on; only for
+            horizons that a chunk reaches.
+    """
+
+    def __init__(self, chunk_size: int, joints: int, fps: float, deltas: bool) -> None:
+        self.total, self.count = np.zeros((chunk_size, joints)), np.zeros(chunk_size, np.int64)
+        self._frames = {s: round(s * fps) for s in HORIZONS_S if 1 <= round(s * fps) <= chunk_size}
+        self._deltas = deltas
+        self.ahead: dict[float, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in self._frames}
+
+    def add(self, chunk: np.ndarray, recorded: np.ndarray, state_rad: np.ndarray) -> None:
+        """Add an inferred chunk (chunk, J), the actions (n, J), n <= chunk, that were recorded, and the state (J,)."""
         n = len(recorded)
         self.total[:n] += np.abs(chunk[:n].astype(np.float64) - recorded)
         self.count[:n] += 1
+        for seconds, k in self._frames.items():
+            if k <= n:
+                pair = [
+                    state_rad + actions[:k].sum(axis=0, dtype=np.float64) if self._deltas else actions[k - 1]
+                    for actions in (chunk, recorded)
+                ]
+                self.ahead[seconds].append((pair[0], pair[1]))

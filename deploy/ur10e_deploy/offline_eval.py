@@ -102,7 +102,8 @@ def evaluate_episode(
         step = runner.step(data.state_rad[t], images)
         if step.chunk is not None:
             recorded = data.action[t : min(run_stop[t], t + len(step.chunk))]
-            chunk_errors.add(step.chunk, contract.beside(recorded, step.chunk[: len(recorded)]))
+            recorded = contract.beside(recorded, step.chunk[: len(recorded)])
+            chunk_errors.add(step.chunk, recorded, data.state_rad[t])
         kept.append(t)
         predicted.append(step.action)
         seconds.append(step.seconds)
@@ -195,7 +196,7 @@ def evaluate(args: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}", flush=True)
     joints = contract.joint_labels
-    chunk_errors = ChunkErrors(np.zeros((runner.chunk_size, len(joints))), np.zeros(runner.chunk_size, np.int64))
+    chunk_errors = ChunkErrors(runner.chunk_size, len(joints), source.fps, contract.action_kind == "delta")
     rollout = Rollout(runner) if args.rollout else None
     results, tables = [], []
     quiet = not sys.stderr.isatty()

@@ -26,6 +26,7 @@ from .config import RobotContract
 from .episode_result import ChunkErrors, EpisodeResult
 from .policy_runner import PolicyRunner
 from .sources import EpisodeSource
+from .ur10e import JOINT_NAMES, link_frames
 
 DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of so much time since their start
 RESULT_FILE = re.compile(
@@ -85,6 +86,30 @@ def drift_over_time(results: Sequence[EpisodeResult], contract: RobotContract, j
             for i in np.unique(interval)
         ],
     }
+
+
+def positions_ahead(chunk_errors: ChunkErrors, contract: RobotContract) -> list[dict[str, Any]]:
+    """Where a chunk would have led, open loop, against where the arm was: per horizon, joints in rad, the UR10e in mm.
+
+    The tool is the flange (UR's tool0), by forward kinematics in the robot's own signs; None for another robot.
+    """
+    of_arm = [[n.endswith(joint) for n in contract.joint_names or ()] for joint in JOINT_NAMES]
+    rows = []
+    for seconds, pairs in chunk_errors.ahead.items():
+        if not pairs:
+            continue
+        predicted, recorded = np.array(pairs).transpose(1, 0, 2)
+        joints_rad, tool_m = np.abs(predicted - recorded).mean(axis=1), None
+        if all(sum(which) == 1 for which in of_arm):
+            order, sign = [which.index(True) for which in of_arm], np.array(contract.joint_sign)
+            places = [link_frames((q * sign)[:, order])[:, 6, :3, 3] for q in (predicted, recorded)]
+            tool_m = np.linalg.norm(places[0] - places[1], axis=1)
+        row: dict[str, Any] = {"seconds": seconds, "chunks": len(pairs)}
+        for name, values in (("joint_rad", joints_rad), ("tool_m", tool_m)):
+            row[f"{name}_mean"] = None if values is None else float(values.mean())
+            row[f"{name}_p95"] = None if values is None else float(np.percentile(values, 95))
+        rows.append(row)
+    return rows
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -251,6 +276,7 @@ def summarise(
             "per_joint": {name: by_position[:, j].tolist() for j, name in enumerate(names)},
             "count": chunk_errors.count[seen].tolist(),
         },
+        "position_ahead": positions_ahead(chunk_errors, contract),
         "rollout": drift_over_time(results, contract, names) if args.rollout else None,
         "latency": latency,
         "episodes": [
@@ -319,10 +345,12 @@ def screen(summary: Mapping[str, Any], folder: Path, picture: str) -> str:
     if summary["rollout"]:
         final, largest = summary["rollout"]["final_mean_rad"], summary["rollout"]["max_rad"]
         lines.append(("rollout", f"drift at the end {final:.3g} rad on average, largest {largest:.3g}"))
+    for row in summary["position_ahead"]:
+        lines.append((f"{row['seconds']:g} s ahead", report.ahead_text(row)))
     times = ", ".join(f"{name} {inference[f'{name}_ms']:.1f}" for name in ("p50", "p95", "p99", "max"))
     apart = f"{pops['count']} cached steps and {latency['warm_up']['count']} warm-up inferences apart"
     lines.append(("latency", f"{times} ms of {inference['count']} inferences ({apart})"))
-    lines.append(("verdict", report.verdict_text(summary)))
+    lines += [("verdict", report.verdict_text(summary)), ("", report.NO_PROMISE)]
     for gate in verdict["gates"]:
         passed = "passed" if gate["passed"] else "EXCEEDED"
         lines.append(("gate", f"{gate['gate']} {gate['limit']:g}: {passed} ({gate['found']:.4g})"))
