@@ -1,13 +1,14 @@
 """Storage files (sqlite3, mcap, zstd around either) to messages: topic, type, receive time, bytes.
 
-Knows: file formats, the quirks of the libraries that read them, and how each of their failures becomes one line.
+Knows: file formats, the quirks of the libraries that read them, how each of their failures becomes one line, and how
+much memory, disk and time a file may ask for (docs/trust.md): a bag may come from somebody else.
 Must not know: which topics are wanted, and what is inside a message (topics.py, images.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import importlib.util
 import sqlite3
 import sys
 import tempfile
@@ -17,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+import lz4.frame  # as zstd, one of rosbags' own requirements
 from rosbags.rosbag2 import Reader
-from rosbags.rosbag2.storage_mcap import McapReader
 
 from .bags import Bag
 from .errors import DISK_FULL, BagError, SetupError
@@ -27,6 +28,20 @@ if sys.version_info >= (3, 14):  # the zstd that rosbags itself depends on
     from compression import zstd
 else:
     from backports import zstd
+
+# What may be in memory unpacked: one message, or one chunk of an mcap. An 8K image at four bytes a pixel just fits
+# (images.MAX_PIXELS); recorders write chunks of 1 to 10 MB.
+MAX_UNPACKED_BYTES = 128 << 20
+# How many times its own size a compressed file may unpack to, beyond MAX_UNPACKED_BYTES. Camera images reach 2 to 5, a
+# simulation's flat colours 100; zstd alone could reach 30,000.
+MAX_UNPACK_RATIO = 1000
+# How long a .db3 may keep sqlite busy, in instructions of its virtual machine (20 to 50 million a second). Counting
+# and reading rows of 27 bytes each, smaller than any message, takes one instruction per byte of the file.
+SQL_STEPS_PER_BYTE, SQL_STEPS_AT_LEAST = 10, 20_000_000
+
+
+class LimitError(Exception):
+    """A storage file that asks for more than a recording can need; what it asks for, and what is expected."""
 
 
 class Sqlite3Storage:
@@ -38,11 +53,33 @@ class Sqlite3Storage:
 
     def __init__(self, file: Path) -> None:
         self._db = sqlite3.connect(f"file:{quote(str(file.resolve()))}?immutable=1", uri=True)
-        rows = self._db.execute(
+        self._steps_left = SQL_STEPS_AT_LEAST + SQL_STEPS_PER_BYTE * file.stat().st_size
+        self._db.set_progress_handler(self._count_steps, 10_000)
+        # A view, a virtual table or a computed column has no bytes in the file: a few of its words are endless rows.
+        stored = (
+            "SELECT name FROM sqlite_master WHERE name IN ('topics', 'messages') AND type = 'table' AND rootpage > 0 "
+            "AND NOT EXISTS (SELECT 1 FROM pragma_table_xinfo(sqlite_master.name) WHERE hidden)"
+        )
+        if lacking := sorted({"messages", "topics"} - {name for (name,) in self._query(stored)}):
+            raise LimitError(f"{' and '.join(lacking)}: expected a table, whose rows are stored in the file")
+        rows = self._query(
             "SELECT topics.id, name, type, count(messages.id) FROM topics "
             "LEFT JOIN messages ON topics.id = messages.topic_id GROUP BY topics.id ORDER BY topics.id"
         )
         self.connections = [SimpleNamespace(id=i, topic=t, msgtype=m, msgcount=n) for i, t, m, n in rows]
+
+    def _count_steps(self) -> bool:
+        self._steps_left -= 10_000
+        return self._steps_left < 0  # true: sqlite breaks off
+
+    def _query(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        try:
+            for row in self._db.execute(query, values):  # noqa: UP028 - `yield from` closes a cursor after its database
+                yield row
+        except sqlite3.OperationalError as error:
+            if self._steps_left >= 0:
+                raise
+            raise LimitError("sqlite needs more time for it than a file of its size can take") from error
 
     def close(self) -> None:
         """Close the file; contextlib.closing calls this when the bag's ExitStack unwinds."""
@@ -53,7 +90,7 @@ class Sqlite3Storage:
         wanted = {c.id: c for c in connections}
         marks = ", ".join("?" * len(wanted))
         query = f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({marks}) ORDER BY id"
-        for topic_id, time_ns, data in self._db.execute(query, tuple(wanted)):
+        for topic_id, time_ns, data in self._query(query, tuple(wanted)):
             if type(time_ns) is not int or type(data) is not bytes:  # sqlite types values, not columns
                 raise ValueError("a message's time stamp or data is not of its type")
             yield wanted[topic_id], time_ns, data
@@ -70,10 +107,41 @@ class _SchemasWithoutDefinitions(dict):
         super().__setitem__(key, schema._replace(encoding="ros2msg", data=""))
 
 
+def _mcap_with_limits() -> Any:
+    """rosbags' mcap module once more, for us alone: unpacking a chunk is a function in it, and has no limit there."""
+    spec = importlib.util.find_spec("rosbags.rosbag2.storage_mcap")
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.DECOMPRESSORS = {  # (bytes, the size that the chunk declares) -> bytes
+        "": lambda data, size: data,
+        "lz4": lambda data, size: lz4.frame.LZ4FrameDecompressor().decompress(data, _chunk_limit(size) + 1),
+        "zstd": lambda data, size: unpack(data, _chunk_limit(size), "a chunk"),
+    }
+    return module
+
+
+def _chunk_limit(size: int) -> int:
+    if size > MAX_UNPACKED_BYTES:
+        raise LimitError(f"a chunk declares {size} bytes unpacked, expected at most {MAX_UNPACKED_BYTES}")
+    return size
+
+
+McapReader: Any = _mcap_with_limits().McapReader
+
+
 class _Mcap(McapReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.schemas = _SchemasWithoutDefinitions()
+
+    def open(self) -> None:
+        """Read the index, and refuse one that names the same chunk again and again, to be unpacked each time."""
+        super().open()
+        size = Path(self.path).stat().st_size
+        unpacked, limit = sum(chunk.uncompressed_size for chunk in self.chunks), _unpack_limit(size)
+        if unpacked > limit:
+            raise LimitError(f"{size} bytes whose chunks declare {unpacked} unpacked, expected at most {limit}")
 
 
 class McapStorage(Reader):
@@ -108,8 +176,7 @@ def open_storage(bag: Bag, stack: contextlib.ExitStack, scratch: Path | None = N
             if file.name.endswith(".zstd"):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch, prefix=".unpack-")))
                 opened = folder / file.name.removesuffix(".zstd")
-                with file.open("rb") as raw, zstd.open(raw, "rb") as unpacked, opened.open("wb") as out:
-                    shutil.copyfileobj(unpacked, out, 1 << 20)
+                _unpack_file(file, opened)
             if opened.suffix == ".db3":
                 readers.append(stack.enter_context(contextlib.closing(Sqlite3Storage(opened))))
             else:
@@ -117,6 +184,60 @@ def open_storage(bag: Bag, stack: contextlib.ExitStack, scratch: Path | None = N
             if not all(isinstance(text, str) for c in readers[-1].connections for text in (c.topic, c.msgtype)):
                 raise ValueError("a topic's name or type is not text")
     return readers
+
+
+def _unpack_limit(size: int) -> int:
+    """How many bytes a file of `size` bytes may unpack to."""
+    return max(MAX_UNPACKED_BYTES, MAX_UNPACK_RATIO * size)
+
+
+def _unpack_file(file: Path, target: Path) -> None:
+    size = file.stat().st_size
+    limit = _unpack_limit(size)
+    advice = f"expected at most {limit}; if you know it to be right, unpack it first: unzstd --rm {file.name}"
+    with file.open("rb") as packed, target.open("wb") as out:
+        declared = zstd.get_frame_info(packed.read(18)).decompressed_size  # None: the frame does not say
+        if (declared or 0) > limit:
+            raise LimitError(f"{size} bytes that declare {declared} unpacked, {advice}")
+        packed.seek(0)
+        done = 0
+        with zstd.open(packed, "rb") as unpacked:
+            while block := unpacked.read(1 << 20):
+                done += len(block)
+                if done > limit:
+                    raise LimitError(f"{size} bytes unpack to {done} and more, {advice}")
+                out.write(block)
+
+
+def unpack(data: bytes, limit: int, what: str) -> bytes:
+    """zstd frames to bytes, as zstd.decompress does, but to `limit` bytes at most; `what` they are, for the error.
+
+    Raises:
+        LimitError: they are more, or declare more.
+        zstd.ZstdError: they are damaged or cut short.
+    """
+    parts: list[bytes] = []
+    room, rest = limit, data
+    while True:
+        if (zstd.get_frame_info(rest).decompressed_size or 0) > room:
+            raise LimitError(_too_much(what, data, limit))
+        frame = zstd.ZstdDecompressor()
+        parts.append(frame.decompress(rest, room + 1))
+        room -= len(parts[-1])
+        if room < 0:
+            raise LimitError(_too_much(what, data, limit))
+        if not frame.eof:
+            raise zstd.ZstdError("compressed data breaks off")
+        rest = frame.unused_data
+        if not rest:
+            return b"".join(parts)
+
+
+def _too_much(what: str, data: bytes, limit: int) -> str:
+    declared = zstd.get_frame_info(data).decompressed_size
+    return f"{what} of {len(data)} bytes unpacks to more than {limit} bytes" + (
+        f" (it declares {declared})" if declared is not None else ""
+    )
 
 
 @contextlib.contextmanager
@@ -129,6 +250,10 @@ def storage_errors(bag: Bag, file: Path) -> Generator[None]:
         yield
     except BagError:
         raise
+    except LimitError as exc:
+        raise BagError(
+            f"{bag.name}: {file.name}: {exc}; record it again, or leave it out with data.on_bad_bag: skip"
+        ) from exc
     except MemoryError as exc:
         raise BagError(f"{bag.name}: {file.name} asks for more memory than there is; it is damaged") from exc
     except OSError as exc:
@@ -167,7 +292,8 @@ def messages(bag: Bag, readers: Sequence[Storage], topics: set[str]) -> Iterator
             with storage_errors(bag, file):
                 item = next(stream, None)
                 if item is not None and bag.compression == "message":
-                    item = (item[0], item[1], zstd.decompress(item[2]))
+                    data = unpack(item[2], MAX_UNPACKED_BYTES, f"{item[0].topic}: a message")
+                    item = (item[0], item[1], data)
             if item is None:
                 break
             yield item[0].topic, ros2_type(item[0].msgtype), item[1], item[2]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
+import sqlite3
 import struct
 
 import numpy as np
@@ -12,7 +14,7 @@ from rosbags.highlevel import AnyReader
 from rosbags.rosbag2 import Reader, storage_mcap
 
 from rosbag_dataset import BagError, find_bags, read_bag, synchronise
-from rosbag_dataset.storage import open_storage
+from rosbag_dataset.storage import LimitError, open_storage, unpack, zstd
 from tests.bags import (
     JOINT_TOPIC,
     STORE,
@@ -26,7 +28,7 @@ from tests.bags import (
     write_bag,
     write_split_bag,
 )
-from tests.checks import TAKE, assert_is_take, both_storages, error_of, read, sql
+from tests.checks import TAKE, assert_is_take, both_storages, error_of, python, read, sql
 
 # -- kinds of storage ---------------------------------------------------------------------------------------------
 
@@ -189,6 +191,148 @@ def test_sqlite_values_of_another_type(tmp_path, change):
     sql(bag, f"UPDATE messages SET {change} WHERE id = 3")
     message = error_of(lambda: read(tmp_path / "bags"))
     assert message.startswith("a: ") and ("a.db3 is damaged" in message or "message 3: not a valid" in message)
+
+
+# -- more memory, disk or time than a recording can need ----------------------------------------------------------
+
+GB = 1_000_000_000
+HEAD = ("<8sBQI4sI", b"\x89MCAP0\r\n", 1, 12, 4, b"ros2", 0)  # magic, and the header record with its profile
+
+
+def zeros(size: int, declared: int | None = None) -> bytes:
+    """A zstd frame of `size` zeros (in steps of 128 KiB), four bytes for each 128 KiB; it may declare another size."""
+    blocks, last = size >> 17, 1
+    header = b"\x28\xb5\x2f\xfd" + (b"\0\x38" if declared is None else b"\xc0\x38" + struct.pack("<Q", declared))
+    block = [struct.pack("<I", flag | 1 << 1 | 1 << 20)[:3] + b"\0" for flag in (0, last)]
+    return header + block[0] * (blocks - 1) + block[1]
+
+
+def mcap(chunk: bytes, declared: int, indexed: int = 0) -> bytes:
+    """An mcap file of one zstd chunk, which its index, if it has one, names so many times."""
+    record = struct.pack("<QQQII4sQ", 0, 0, declared, 0, 4, b"zstd", len(chunk)) + chunk
+    head = struct.pack(*HEAD)
+    size = len(record) + 9
+    index = struct.pack("<QQQQIQI4sQQ", 0, 1, len(head), size, 0, 0, 4, b"zstd", len(chunk), declared)
+    body = head + struct.pack("<BQ", 6, len(record)) + record
+    summary = (struct.pack("<BQ", 8, len(index)) + index) * indexed
+    return body + summary + struct.pack("<BQQQI", 2, 20, len(body) * bool(indexed), 0, 0) + head[:8]
+
+
+def bag_of(path, content: bytes, compression: str):
+    """A recording with this storage file, or for "message", whose third message has these bytes."""
+    bag = write_bag(path, TAKE.messages(), compression=compression if compression != "none" else "file")
+    if compression == "message":
+        with sqlite3.connect(storage_file(bag)) as db:
+            db.execute("UPDATE messages SET data = ? WHERE id = 3", (content,))
+        db.close()
+    elif compression == "file":
+        storage_file(bag).write_bytes(content)
+    else:
+        shutil.rmtree(bag)
+        path.with_suffix(".mcap").write_bytes(content)
+
+
+BOMBS = {  # what lies in the bag, how, and what the error names
+    "message": (zeros(4 * GB), "message", ["a.db3: /", "bytes unpacks to more than 134217728"]),
+    "message that says so": (zeros(4 * GB, 4 * GB), "message", ["it declares 4000000000"]),
+    "message that lies": (zeros(4 * GB, 100), "message", ["a: a.db3"]),
+    "file": (zeros(3 * GB), "file", ["bytes unpack to 135", "expected at most 134217728", "unzstd --rm a"]),
+    "file that says so": (zeros(3 * GB, 3 * GB), "file", ["bytes that declare 3000000000 unpacked"]),
+    "chunk": (mcap(zeros(4 * GB), 1000), "none", ["bytes unpacks to more than 1000 bytes"]),
+    "chunk that says so": (mcap(zeros(4 * GB), 4 * GB), "none", ["a chunk declares 4000000000 bytes unpacked"]),
+    "one chunk, many times": (mcap(zeros(100 << 20), 100 << 20, indexed=40), "none", ["declare 4194304000 unpacked"]),
+}  # fmt: skip
+PEAK_OF_A_REFUSAL = """
+import sys; from pathlib import Path
+from rosbag_dataset import BagError, find_bags, read_bag; from tests.bags import settings
+def peak_kib():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+(bag,) = find_bags(Path(sys.argv[1]))
+before = peak_kib()
+try:
+    read_bag(bag, settings(Path(sys.argv[1])), lambda camera, rgb: None, scratch=Path(sys.argv[2]))
+except BagError as error:
+    print(peak_kib() - before, error, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("content, compression, words", BOMBS.values(), ids=list(BOMBS))
+def test_what_unpacks_to_gigabytes_is_refused(tmp_path, content, compression, words):
+    """In one line that names the file and both sizes, within some hundred MB of memory and of disk."""
+    bag_of(tmp_path / "bags" / "a", content, compression)
+    (tmp_path / "scratch").mkdir()
+    with_a_small_disk = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (GB, GB)))
+    process = python(PEAK_OF_A_REFUSAL, tmp_path / "bags", tmp_path / "scratch", **with_a_small_disk)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    grown_kib, message = stdout.splitlines()
+    assert message.startswith("a") and all(word in message for word in words), message
+    assert int(grown_kib) < 400 * 1024, f"{grown_kib} KiB"
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_zstd_frames_are_unpacked_as_by_the_library():
+    """Whole, several in a row, to the last byte that is allowed; what is cut short is refused."""
+    for data in (b"", b"x", bytes(1000), np.random.default_rng(0).bytes(300_000)):
+        packed = zstd.compress(data)
+        assert unpack(packed, len(data), "it") == data
+        assert unpack(packed + packed, 2 * len(data), "it") == data + data
+        for cut in (0, 1, len(packed) // 2, len(packed) - 1):
+            with pytest.raises(zstd.ZstdError):
+                unpack(packed[:cut], len(data), "it")
+        if data:
+            with pytest.raises(LimitError, match="more than"):
+                unpack(packed, len(data) - 1, "it")
+            with pytest.raises(LimitError, match="more than"):
+                unpack(packed + packed, 2 * len(data) - 1, "it")
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i id, 1 topic_id, 0 timestamp FROM n"
+COLUMNS = "id INTEGER PRIMARY KEY, topic_id INTEGER, timestamp INTEGER"
+TRAPS = {
+    "an endless view": (f"CREATE VIEW messages AS {ENDLESS}", "messages: expected a table"),
+    "a computed column": (
+        f"CREATE TABLE messages({COLUMNS}, data AS (zeroblob(900000000)))", "messages: expected a table",
+    ),
+    "topics that are computed": (
+        f"CREATE VIEW topics AS SELECT i id, i name, i type FROM ({ENDLESS})", "topics: expected a table",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("statement, fact", TRAPS.values(), ids=list(TRAPS))
+def test_sqlite_rows_that_are_computed_are_refused(tmp_path, statement, fact):
+    """A view or a computed column is rows without end, or bytes without end, out of a few words."""
+    bag = write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    sql(bag, f"DROP TABLE {'topics' if ' topics' in statement else 'messages'}", statement)
+    message = error_of(lambda: read(tmp_path / "bags"))
+    assert message.startswith(f"a: a.db3: {fact}"), message
+
+
+@pytest.mark.timeout(60)
+def test_a_table_that_leads_in_circles_is_left(tmp_path):
+    """Each inner page of its tree names the next one 400 times: with seven of them a petabyte of rows in 40 KB."""
+    bag = write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    with sqlite3.connect(storage_file(bag)) as db:
+        db.execute("CREATE TABLE filler(x)")
+        db.execute("INSERT INTO filler VALUES (zeroblob(100000))")
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'messages'").fetchone()
+        (page_size,) = db.execute("PRAGMA page_size").fetchone()
+    db.close()
+    content = bytearray(storage_file(bag).read_bytes())
+    pages = [root, *range(len(content) // page_size - 7, len(content) // page_size)]
+    leaf = next(n for n in range(1, len(content) // page_size) if content[n * page_size] == 13 and n + 1 != root) + 1
+    for page, child in zip(pages, [*pages[1:], leaf], strict=True):
+        cells = 400
+        cell = struct.pack(">IB", child, 1)
+        at = page_size - len(cell)
+        head = struct.pack(">BHHHBI", 5, 0, cells, at, 0, child) + struct.pack(">H", at) * cells
+        begin = (page - 1) * page_size
+        content[begin : begin + page_size] = (head + bytes(page_size))[:at] + cell
+    storage_file(bag).write_bytes(content)
+    message = error_of(lambda: read(tmp_path / "bags"))
+    assert message.startswith("a: a.db3"), message
 
 
 # -- damage at random ---------------------------------------------------------------------------------------------
