@@ -1,11 +1,12 @@
 """An Image or CompressedImage message to 8-bit RGB pixels of the wanted size.
 
-Knows: encodings, byte orders, row padding, depth as grey, resizing.
+Knows: encodings, byte orders, row padding, depth as grey, resizing, and how large a picture may be.
 Must not know: where a message comes from, when it was taken, and where the pixels go.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
 
 # Depth (16UC1 in mm, 32FC1 in m) becomes one grey level per centimetre: 0 = no reading, 255 = 2.55 m or farther.
 DEPTH_M_PER_LEVEL = 0.01
+# The largest compressed picture that is decoded: 8K (7680x4320) just fits. Some hundred kilobytes of PNG may say 30,000
+# x 30,000 pixels, which would be gigabytes in memory.
+MAX_PIXELS = 1 << 25
 RESIZE_INTERPOLATION = "cv2.INTER_AREA when shrinking, cv2.INTER_LINEAR when enlarging"
 
 # encoding -> (dtype, channels, what turns it into 8-bit RGB)
@@ -99,10 +103,18 @@ def _decompress(message: Any, where: str) -> np.ndarray:
     if "compressedDepth" in kind:
         raise BagError(f"{where}: format {kind!r} (compressed depth) is not supported; record the raw depth topic")
     data = np.asarray(message.data, np.uint8)
+    size = _declared_size(data)
+    if size is None:
+        raise BagError(f"{where}: {data.size} bytes with format {kind!r} do not decode as JPEG or PNG")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BagError(
+            f"{where}: the {data.size} bytes of this picture say that it is {height_by_width(size)} (HxW), "
+            f"{size[0] * size[1]} pixels, expected at most {MAX_PIXELS}; leave the bag out with data.on_bad_bag: skip"
+        )
     if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-64:].tobytes():
         raise BagError(f"{where}: the JPEG breaks off after {data.size} bytes (no end marker)")
     try:
-        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error:  # an absurd size in a damaged header
         pixels = None
     if pixels is None:
@@ -114,6 +126,36 @@ def _decompress(message: Any, where: str) -> np.ndarray:
     if pixels.ndim == 2:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     return cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+
+
+def _declared_size(data: np.ndarray) -> tuple[int, int] | None:
+    """(H, W) from the header of a JPEG or PNG, or None when it is neither, or breaks off before.
+
+    PNG: the IHDR chunk, which comes first (RFC 2083, 4.1.1). JPEG: the first SOF segment (ITU-T T.81, B.2.2); what
+    stands between segments is passed over, as libjpeg does.
+    """
+    content = data.data
+    if bytes(content[:8]) == b"\x89PNG\r\n\x1a\n" and data.size >= 24:
+        width, height = struct.unpack_from(">II", content, 16)
+        return height, width
+    if bytes(content[:2]) != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= data.size:
+        if content[at] != 0xFF or content[at + 1] in (0x00, 0xFF):
+            at += 1
+            continue
+        marker = content[at + 1]
+        if marker in (0x01, *range(0xD0, 0xD9)):  # TEM, RSTn, SOI: without a segment
+            at += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # DHT, JPG, DAC are no frames
+            height, width = struct.unpack_from(">HH", content, at + 5)
+            return height, width
+        elif marker in (0xD9, 0xDA):  # the end, or pixels before any frame
+            return None
+        else:
+            at += 2 + struct.unpack_from(">H", content, at + 2)[0]
+    return None
 
 
 def depth_to_rgb(depth_m: np.ndarray) -> np.ndarray:

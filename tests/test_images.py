@@ -156,6 +156,8 @@ def test_exif_fixture_turns_elsewhere():
 
 SHORT = np.frombuffer(bytes(100), np.uint8)
 JPEG, PNG = encode(SMOOTH, ".jpg"), encode(SMOOTH, ".png")
+# Some kilobytes that would be 33 MB of pixels, a little more than the limit of an 8K picture.
+HUGE_PNG, HUGE_JPEG = (cv2.imencode(kind, np.zeros((4321, 7766), np.uint8))[1].tobytes() for kind in (".png", ".jpg"))
 
 
 @pytest.mark.parametrize(
@@ -173,14 +175,20 @@ JPEG, PNG = encode(SMOOTH, ".jpg"), encode(SMOOTH, ".png")
         (compressed(0, JPEG[: len(JPEG) // 2]), ["JPEG breaks off", str(len(JPEG) // 2)]),
         (compressed(0, JPEG[:-2]), ["JPEG breaks off"]),
         (compressed(0, PNG[: len(PNG) // 2], "png"), ["do not decode"]),
-        (compressed(0, PNG[:16] + b"\x00\xff\xff\xff\x00\xff\xff\xff" + PNG[24:], "png"), ["do not decode"]),
+        (compressed(0, PNG[:16] + b"\x00\xff\xff\xff\x00\xff\xff\xff" + PNG[24:], "png"), ["16777215x16777215 (HxW)"]),
         (compressed(0, b""), ["0 bytes", "do not decode"]),
         (compressed(0, b"no picture", "tiff"), ["'tiff'", "do not decode"]),
+        (compressed(0, encode(SMOOTH, ".tiff"), "tiff"), ["'tiff'", "do not decode as JPEG or PNG"]),
+        (compressed(0, HUGE_PNG, "png"), [f"{len(HUGE_PNG)} bytes", "4321x7766 (HxW)", "33556886 pixels", "33554432"]),
+        (compressed(0, HUGE_JPEG), ["4321x7766 (HxW), 33556886 pixels"]),
+        (compressed(0, HUGE_JPEG[:2] + b"\0rubbish\xff" + HUGE_JPEG[2:]), ["4321x7766 (HxW), 33556886 pixels"]),
+        (compressed(0, with_exif_rotation(HUGE_JPEG)), ["4321x7766 (HxW), 33556886 pixels"]),
         (compressed(0, bytes(12) + PNG, "16UC1; compressedDepth png"), ["compressedDepth", "not supported"]),
         (compressed(0, cv2.imencode(".png", WHOLE)[1], "png"), ["uint16", "'png'"]),
     ],
     ids=["short", "short-step", "empty", "step", "height", "width", "huge", "yuv", "no-encoding", "jpeg-half",
-         "jpeg-end", "png-half", "png-huge", "nothing", "tiff", "compressedDepth", "png-16"],
+         "jpeg-end", "png-half", "png-huge", "nothing", "tiff", "real-tiff", "png-bomb", "jpeg-bomb", "jpeg-rubbish",
+         "jpeg-exif", "compressedDepth", "png-16"],
 )  # fmt: skip
 def test_bad_images(message, words):
     """A payload that is short, or of a kind that is not supported, is refused and never guessed at."""
@@ -188,3 +196,11 @@ def test_bad_images(message, words):
     text = error_of(lambda: read_image(through_cdr(message), kind, None, "a: /camera, message 7", decode=True))
     assert text.startswith("a: /camera, message 7: ")
     assert all(word in text for word in words), text
+
+
+def test_an_8k_picture_is_read():
+    """The limit is above what a camera gives, also with marks between a JPEG's segments that carry nothing."""
+    jpeg = cv2.imencode(".jpg", np.full((4320, 7680), 200, np.uint8))[1].tobytes()
+    assert (
+        decode(compressed(T0_NS, jpeg[:2] + b"\xff\x01\xff\xff" + jpeg[2:]), (2, 2)).tolist() == [[[200] * 3] * 2] * 2
+    )
