@@ -26,7 +26,7 @@ from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
 from .episodes import load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SetupError
-from .images import COMPRESSED_TYPE, IMAGE_TYPE, RESIZE_INTERPOLATION, resize_image
+from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
@@ -38,6 +38,7 @@ from .topics import typestore_for
 __all__ = [
     "COMPRESSED_TYPE",
     "IMAGE_TYPE",
+    "MAX_PIXELS",
     "NO_LOCKS",
     "RESIZE_INTERPOLATION",
     "UR_JOINTS",

@@ -7,12 +7,15 @@ with what its own LeRobotDataset returns, bit for bit. The damaged ones are copi
 from __future__ import annotations
 
 import fcntl
+import io
 import itertools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -545,6 +548,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "times that go back": (
         set_value("timestamp", 5, 0.0), r"episode 0: timestamp 0\.0 s of frame 5 does not follow the one before it",
     ),
+    # paths and files that lead out of the dataset, or ask for more than one can need
+    "a data path that is absolute": (
+        info(lambda i: i.update(data_path="/data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet")),
+        r"info\.json: data_path: names '/data/chunk-000/file-000\.parquet', expected a path below the dataset's folder",
+    ),
+    "a data path that climbs": (
+        info(lambda i: i.update(data_path="x/../../joined/data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet")),
+        r"data_path: names 'x/\.\./\.\./joined/data/.*', expected a path below the dataset's folder",
+    ),
+    "a video path that climbs": (
+        info(lambda i: i.update(video_path="../joined/" + i["video_path"])),
+        r"video_path: names '\.\./joined/videos/.*', expected a path below the dataset's folder",
+    ),
+    "a path of gigabytes": (
+        info(lambda i: i.update(data_path="{chunk_index:02000000000d}{file_index}")),
+        r"data_path is '\{chunk_index:02000000000d\}.*, expected a path with \{chunk_index\}",
+    ),
+    "a video that is a list of others": (
+        lambda root: (root / VIDEO).write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nother.mp4\n"),
+        r"file-000\.mp4: is damaged or cut short \(.*Invalid data",
+    ),
+    "pictures of gigabytes": (
+        info(lambda i: i["features"][COLOR].update(shape=[30000, 30000, 3])),
+        r"info\.json: .*color: shape is \[30000, 30000, 3\], expected at most 33554432 pixels",
+    ),
+    "info.json is nested without end": (
+        lambda root: (root / "meta" / "info.json").write_text("[" * 1_000_000),
+        r"info\.json: cannot be read as JSON \(maximum recursion",
+    ),
     # info.json
     "no fps": (info(lambda i: i.update(fps=0)), r"info\.json: fps is 0, expected a positive number"),
     "a template of v2.1": (
@@ -605,11 +637,56 @@ def test_a_part_of_a_dataset_serves_the_episodes_that_it_has(written: Path, tmp_
         source.episode(4)
 
 
-@pytest.mark.parametrize("content", [b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(20)])
-def test_a_damaged_picture_is_one_clear_line(written: Path, tmp_path: Path, content: bytes) -> None:
+def png(height: int, width: int) -> bytes:
+    """The header of a PNG of this size, and the end of one; there is not a pixel in it."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def picture(kind: str) -> bytes:
+    target = io.BytesIO()
+    PIL.Image.new("RGB", (64, 48)).save(target, kind)
+    return target.getvalue()
+
+
+PICTURES = {  # what stands in the place of a picture of 48x64, and what is said of it
+    "no picture": (b"not a picture", "the image cannot be read"),
+    "damaged": (b"\x89PNG\r\n\x1a\n" + bytes(20), "the image cannot be read"),
+    "one that PIL fears": (png(30000, 30000), "the image cannot be read .*decompression bomb"),
+    "one that PIL warns of": (png(9999, 9999), r"the image is 9999x9999 \(HxW\), info\.json says 48x64"),
+    "one that is too large": (png(5000, 5000), r"the image is 5000x5000 \(HxW\), info\.json says 48x64"),
+    "another format": (picture("EPS"), "the image cannot be read .*cannot identify"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content, fact", PICTURES.values(), ids=list(PICTURES))
+def test_a_damaged_picture_is_one_clear_line(written: Path, tmp_path: Path, content: bytes, fact: str) -> None:
+    """Its size is known, and refused, before a pixel is decoded."""
     root = Path(shutil.copytree(written / "images", tmp_path / "images"))
     edit_table(root / DATA, lambda rows: rows[3][COLOR].update(bytes=content))
-    with pytest.raises(SourceError, match="color, frame 3 of episode 0: the image cannot be read"):
+    with pytest.raises(SourceError, match=f"color, frame 3 of episode 0: {fact}"):
+        read_all(LeRobotDatasetSource(root))
+
+
+@pytest.mark.parametrize("where", ["outside", "above", "no file"])
+def test_a_picture_outside_the_dataset_is_not_read(written: Path, tmp_path: Path, where: str) -> None:
+    """A parquet may name any path; a link inside, as all of Hugging Face's cache is, is followed."""
+    root = Path(shutil.copytree(written / "images", tmp_path / "images"))
+    (tmp_path / "secret.png").write_bytes(pq.read_table(root / DATA)[COLOR][3].as_py()["bytes"])
+    (root / "linked.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(root / "pipe.png")
+    path = {"outside": str(tmp_path / "secret.png"), "above": "x/../../secret.png", "no file": "pipe.png"}[where]
+    edit_table(root / DATA, lambda rows: rows[3][COLOR].update(bytes=None, path="linked.png"))
+    assert read_all(LeRobotDatasetSource(root))
+    edit_table(root / DATA, lambda rows: rows[3][COLOR].update(bytes=None, path=path))
+    expected = "is not a regular file" if where == "no file" else f"names '{path}', expected a path below the dataset's"
+    with pytest.raises(SourceError, match=f"color, frame 3 of episode 0: .*{expected}"):
         read_all(LeRobotDatasetSource(root))
 
 

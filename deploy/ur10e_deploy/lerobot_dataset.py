@@ -7,6 +7,9 @@
 
 Frames are those that LeRobot's own LeRobotDataset returns with its pyav decoder, bit for bit; the tests compare with
 the real 0.4.4. What that library would read in silence and differently from what info.json says is refused here.
+
+A dataset may come from somebody else (docs/trust.md): the paths that it names stay below its folder, and pictures are
+not decoded before their size is known to be the declared one.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ import itertools
 import json
 import math
 import os
+import re
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import av
@@ -32,6 +37,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
 
+from rosbag_dataset import MAX_PIXELS
+
 from .sources import EpisodeData, Frame, SourceError, frame_range
 
 STATE, ACTION, IMAGE_PREFIX = "observation.state", "action", "observation.images."
@@ -41,6 +48,10 @@ TOLERANCE_S = 1e-4
 # Rows per read of a parquet file that holds pixels. What bounds the memory is the file's pages, though: parquet's
 # writers put at least 1024 rows in one, however large.
 IMAGE_ROWS = 4
+# What LeRobot's recorders write. PIL and ffmpeg know many more formats, some of which run programs (EPS) or open other
+# files and addresses (playlists).
+PICTURES = ("PNG", "JPEG")
+ONLY_THIS_FILE = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 CONVERTER = "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30"
 
 
@@ -86,7 +97,7 @@ class LeRobotDatasetSource:
             )
         try:
             info = json.loads(self._info_file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SourceError(f"{self._info_file}: cannot be read as JSON ({error}); copy the dataset again") from None
         if not isinstance(info, dict):
             raise SourceError(f"{self._info_file}: expected a JSON object, found {type(info).__name__}")
@@ -171,6 +182,10 @@ class LeRobotDatasetSource:
                 self.notes.append(f"{key} is not read: its name does not begin with {IMAGE_PREFIX}")
             elif len(shape) != 3 or shape[2] != 3:
                 self.notes.append(f"{key} is not read: its shape is {feature['shape']}, not that of a colour image")
+            elif shape[0] * shape[1] > MAX_PIXELS:
+                raise SourceError(
+                    f"{self._info_file}: {key}: shape is {feature['shape']}, expected at most {MAX_PIXELS} pixels"
+                )
             else:
                 cameras[key.removeprefix(IMAGE_PREFIX)] = (int(shape[0]), int(shape[1]))
         if not cameras:
@@ -238,13 +253,22 @@ class LeRobotDatasetSource:
     def _path(self, template: str, **fields: Any) -> Path:
         """A path from one of info.json's templates."""
         text: Any = self._info.get(template)  # whatever the file holds
-        try:
-            return self.root / text.format(**fields)
-        except (AttributeError, LookupError, ValueError):  # not text, another field, another format
+        field = "|".join(fields)
+        if not isinstance(text, str) or not re.fullmatch(rf"([^{{}}]|\{{({field})(:0\d?d)?\}})*", text):
             expected = ", ".join("{" + name + "}" for name in fields)
             raise SourceError(
                 f"{self._info_file}: {template} is {text!r}, expected a path with {expected}, as v3.0 has"
-            ) from None
+            )
+        return self._inside(f"{self._info_file}: {template}", text.format(**fields))
+
+    def _inside(self, where: str, text: str) -> Path:
+        """A path that the dataset names, below its folder.
+
+        By its letters: links are followed, because in Hugging Face's cache every file is one that leads elsewhere.
+        """
+        if PurePath(text).is_absolute() or ".." in PurePath(text).parts:
+            raise SourceError(f"{where}: names {text!r}, expected a path below the dataset's folder, {self.root}")
+        return self.root / text
 
     def _data_file(self, row: dict[str, Any]) -> Path:
         return self._path("data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
@@ -485,20 +509,25 @@ class LeRobotDatasetSource:
         path = value.get("path") if isinstance(value, dict) else value
         try:
             if content is None and isinstance(path, str):
-                content = (self.root / path).read_bytes()
+                file = self._inside(where, path)
+                if file.exists() and not file.is_file():
+                    raise SourceError(f"{where}: {file} is not a regular file; copy the dataset again")
+                content = file.read_bytes()
             if not isinstance(content, bytes):
                 raise SourceError(
                     f"{where}: expected an encoded image or the path of one, found {type(value).__name__}"
                 )
-            with PIL.Image.open(io.BytesIO(content)) as image:
+            with _open_picture(content) as image:
+                if (image.height, image.width) != self.cameras[camera]:  # known before a pixel is decoded
+                    declared = "x".join(map(str, self.cameras[camera]))
+                    raise SourceError(
+                        f"{where}: the image is {image.height}x{image.width} (HxW), info.json says {declared}"
+                    )
                 if image.mode != "RGB":
                     raise SourceError(f"{where}: expected an RGB image, found mode {image.mode}")
                 pixels = np.array(image)
-        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises on broken images
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # PIL's, broken images
             raise SourceError(f"{where}: the image cannot be read ({error}); copy the dataset again") from None
-        if pixels.shape[:2] != self.cameras[camera]:
-            (height, width), declared = pixels.shape[:2], "x".join(map(str, self.cameras[camera]))
-            raise SourceError(f"{where}: the image is {height}x{width} (HxW), info.json says {declared}")
         return pixels
 
 
@@ -514,6 +543,13 @@ def _reading(file: Path) -> Generator[None]:
         raise SourceError(f"{error.filename or file}: is absent; copy the dataset again, whole") from None
     except (pa.ArrowException, av.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{file}: is damaged or cut short ({error}); copy it again") from error
+
+
+def _open_picture(content: bytes) -> PIL.Image.Image:
+    """Read the header of a picture; PIL's warning of a large one is ours to say, by the size that was declared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        return PIL.Image.open(io.BytesIO(content), formats=PICTURES)
 
 
 def _check_columns(file: Path, parquet: pq.ParquetFile, needed: Iterable[str]) -> None:
@@ -572,7 +608,7 @@ def _open_video(file: Path) -> Generator[tuple[Any, Any]]:
     # av's own default, which torchvision changes when it is imported: with a log level set, a decoding thread that
     # complains of a damaged file waits for the interpreter while closing the file waits for the thread, for ever.
     av.logging.set_level(None)
-    with _reading(file), av.open(str(file)) as container:
+    with _reading(file), av.open(str(file), options=ONLY_THIS_FILE) as container:
         if not container.streams.video:
             raise SourceError(f"{file}: has no video stream; copy it again")
         stream = container.streams.video[0]
