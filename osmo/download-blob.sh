@@ -11,7 +11,7 @@
 # only what is missing.
 #
 # Exit codes: 0 every blob is there, 1 a rerun would fail alike, 75 it may not (network, server, a signal).
-# No secret is ever printed; COMMAND does not get the SAS.
+# No secret is ever printed or stands in a process's arguments; COMMAND does not get the SAS.
 set -euo pipefail
 
 timeout_s=${BLOB_TIMEOUT_S:-21600}
@@ -61,8 +61,9 @@ mkdir -p "$dest" 2>/dev/null || fail 1 "$dest: cannot be made; expected BLOB_DES
 scratch=${TMPDIR:-/tmp}/download-blob-$(id -u)-$(cksum <<<"$dest" | tr ' ' -)
 rm -rf "$scratch"
 mkdir -m 700 "$scratch" || fail 1 "$scratch: cannot be made; expected TMPDIR to be a folder to write in"
-pid=''
+pid='' door_pid=''
 clean_up() {
+  [[ -z $door_pid ]] || kill "$door_pid" 2>/dev/null || true
   [[ -z $pid ]] || kill -KILL "$pid" 2>/dev/null || true # on SIGTERM azcopy would ask a question and wait
   [[ -z $pid ]] || wait "$pid" 2>/dev/null || true
   rm -rf "$scratch"
@@ -142,6 +143,9 @@ if action == "list":
             # An account with a hierarchical namespace lists its folders too, and azcopy makes no empty ones.
             is_folder = text.endswith("/") or "true" in (e.text for e in blob.iter() if e.tag.lower() == "hdi_isfolder")
             if not is_folder:
+                # azcopy would write it where the name leads, and the check below would remove what lies there.
+                if {"", ".", ".."} & set(text[len(folder) :].split("/")):
+                    fail(1, f"the blob {text!r} has no place below {dest}: an empty part, . or .. in it; delete it")
                 blobs[text[len(folder) :]] = int(blob.find("Properties/Content-Length").text)
         marker = page.findtext("NextMarker") or ""
         if not marker:
@@ -194,12 +198,68 @@ PY
 
 # -- the download -------------------------------------------------------------------------------------------------
 
+# azcopy takes a SAS only with the URL, among its arguments, which everybody on the machine can read (ps). So its URL is
+# one that leads nowhere, and its environment, which only its owner can read, names a proxy: here on loopback, and with a
+# password, it redirects each request to the real URL with the SAS. The blobs themselves do not pass through it.
+source=$endpoint proxy=''
+if [[ -n $sas ]]; then
+  exec {door}< <(
+    SAS=$sas exec python3 - "$endpoint" <<'PY'
+import base64, hmac, http.server, os, secrets, sys, threading, time, urllib.parse
+
+parent = os.getppid()
+password = secrets.token_hex(16)
+expected = "Basic " + base64.b64encode(f"azcopy:{password}".encode()).decode()
+
+
+class Door(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        known = hmac.compare_digest(self.headers.get("Proxy-Authorization", "").encode(), expected.encode())
+        self.send_response(307 if known else 407)
+        if known:
+            url = urllib.parse.urlsplit(self.path)
+            query = "&".join(filter(None, (url.query, os.environ["SAS"])))
+            self.send_header("Location", f"{sys.argv[1]}{url.path}?{query}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+server.handle_error = lambda *_: None  # azcopy hung up
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print(f"http://azcopy:{password}@127.0.0.1:{server.server_port}", flush=True)
+while os.getppid() == parent:
+    time.sleep(1)
+PY
+  )
+  door_pid=$!
+  read -r proxy <&"$door" || fail 1 "python3 cannot listen on 127.0.0.1"
+  exec {door}<&-
+  source=http://blob.invalid # no such host, now or ever (RFC 2606)
+fi
+
 export AZCOPY_LOG_LOCATION=$scratch AZCOPY_JOB_PLAN_LOCATION=$scratch
 unset AZCOPY_DOWNLOAD_TO_TEMP_PATH # false would leave torn files under their final names
 quoted=$(python3 -c 'import sys, urllib.parse; print(urllib.parse.quote(sys.argv[1]))' "$container/$prefix")
 mkfifo "$scratch/stdin" # a stdin that blocks: at its end azcopy would spin
-azcopy copy "$endpoint/${quoted%/}${sas:+?$sas}" "$dest" --from-to=BlobLocal --recursive --as-subdir=false \
-  --overwrite=ifSourceNewer --output-level=essential --log-level=ERROR <>"$scratch/stdin" >"$scratch/out" 2>&1 &
+(
+  if [[ -n $proxy ]]; then
+    unset http_proxy
+    export HTTP_PROXY=$proxy
+    case ,${NO_PROXY:-${no_proxy:-}}, in # no proxy at all: still so for the real URL, but not for this one
+      *,\*,*) unset NO_PROXY no_proxy HTTPS_PROXY https_proxy ;;
+    esac
+  fi
+  exec azcopy copy "$source/${quoted%/}" "$dest" --from-to=BlobLocal --recursive --as-subdir=false \
+    --exclude-regex='(^|/)[.][.](/|$)' --overwrite=ifSourceNewer --output-level=essential --log-level=ERROR
+) <>"$scratch/stdin" >"$scratch/out" 2>&1 &
 pid=$!
 
 show_errors() { grep -aiE 'error|fail|denied|space|found' "$scratch/out" | tail -n 8 | sed -E 's/sig=[^&"[:space:]]*/sig=REDACTED/g' >&2 || true; }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,87 @@ def test_refused_at_once(change, code: int, message: str, server: Azurite, tmp_p
     assert (found, message in error_line(printed)) == (code, True), printed
     assert seconds < 15
     assert not (tmp_path / "bags").exists() or not files(tmp_path / "bags")
+
+
+def put(server: Azurite, path: str, content: bytes) -> None:
+    """Put a blob under a name that client libraries would tidy up, percent-encoded in `path`."""
+    sas = server.sas("datasets", "rwc")
+    headers = {"x-ms-blob-type": "BlockBlob", "x-ms-version": "2021-08-06"}
+    url = f"{server.endpoint}/datasets/{path}?{sas}"
+    with urllib.request.urlopen(urllib.request.Request(url, content, headers, method="PUT")) as answer:
+        assert answer.status == 201
+
+
+OUT_OF_PLACE = {
+    "climbs": ("climbs/%2E%2E/%2E%2E/kept.db3", "../../kept.db3"),
+    "climbs on its way": ("later/a%2F..%2F..%2F..%2Fkept.db3", "a/../../../kept.db3"),
+    "absolute": ("absolute/{}/kept.db3", "{}/kept.db3"),
+    "empty part": ("empty/a//kept.db3", "a//kept.db3"),
+}
+
+
+@pytest.mark.parametrize("path, name", OUT_OF_PLACE.values(), ids=list(OUT_OF_PLACE))
+def test_a_blob_whose_name_leads_elsewhere_is_refused(path: str, name: str, server: Azurite, tmp_path: Path):
+    """azcopy writes such a blob where its name leads, and the check of what arrived would remove a file there."""
+    kept = tmp_path / "kept.db3"
+    kept.write_bytes(b"another size")
+    path, name = path.format(tmp_path), name.format(tmp_path)
+    prefix = path.partition("/")[0]
+    put(server, path, b"evil")
+    server.upload("datasets", {f"{prefix}/a/a_0.db3": b"y"})
+    dest = tmp_path / "x" / "bags"
+    code, printed, _ = download(environment(server, dest, AZURE_BLOB_PREFIX=prefix))
+    assert code == 1 and f"the blob '{prefix}/{name}' has no place below {dest}" in error_line(printed), printed
+    assert kept.read_bytes() == b"another size" and not files(dest)
+
+
+def test_with_an_identity_too_nothing_is_written_elsewhere(server: Azurite, tmp_path: Path):
+    """Only azcopy sees the names then: what climbs is left out."""
+    put(server, "identity/%2E%2E/%2E%2E/evil.db3", b"evil")
+    server.upload("datasets", {"identity/a/a_0.db3": b"y", "identity/..b/b..c_0.db3": b"z"})
+    login = 'args=("$@"); args[1]+="?$IDENTITY"; unset AZCOPY_AUTO_LOGIN_TYPE; exec REAL "${args[@]}"'
+    values = environment(
+        server, tmp_path / "x" / "bags", AZURE_STORAGE_SAS=None, AZCOPY_AUTO_LOGIN_TYPE="MSI",
+        IDENTITY=server.sas("datasets", "rl"), PATH=azcopy_with(tmp_path / "bin", login), AZURE_BLOB_PREFIX="identity",
+    )  # fmt: skip
+    code, printed, _ = download(values)
+    assert code == 0, printed
+    assert files(tmp_path / "x") == {"bags/a/a_0.db3": 1, "bags/..b/b..c_0.db3": 1}
+    assert not list(tmp_path.glob("evil*"))
+
+
+NO_PASSWORD = """
+import os, re, urllib.request
+proxy = re.sub("//.*@", "//azcopy:guessed@", os.environ["HTTP_PROXY"])
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({"http": proxy}))
+try:
+    opener.open("http://blob.invalid/datasets/houston_recordings/day%201/a/metadata.yaml")
+except urllib.error.HTTPError as error:
+    print(error.code, dict(error.headers))
+"""
+
+
+@pytest.mark.parametrize("no_proxy", ["*", "localhost,127.0.0.1"])
+def test_no_process_has_the_sas_among_its_arguments(no_proxy: str, server: Azurite, tmp_path: Path):
+    """`ps` shows them to everybody. What knows the SAS instead answers only to a password, and ends with the run."""
+    (tmp_path / "door.py").write_text(NO_PASSWORD)
+    look = (
+        f"cat /proc/[0-9]*/cmdline 2>/dev/null >{tmp_path}/seen; {sys.executable} {tmp_path}/door.py >{tmp_path}/door; "
+        f'echo "$HTTP_PROXY" >{tmp_path}/proxy; exec REAL "$@"'
+    )
+    values = environment(
+        server, tmp_path / "bags", PATH=azcopy_with(tmp_path / "bin", look), NO_PROXY=no_proxy, HTTP_PROXY=None
+    )
+    code, printed, _ = download(values, "bash", "-c", 'echo "proxy ${HTTP_PROXY:-none}, ${NO_PROXY:-none}"')
+    assert code == 0 and f"proxy none, {no_proxy}" in printed, printed
+    assert files(tmp_path / "bags") == WHOLE
+    seen, door = (tmp_path / "seen").read_bytes(), (tmp_path / "door").read_text()
+    assert b"blob.invalid" in seen or str(tmp_path).encode() in seen, "azcopy's arguments were looked at"
+    assert not any(secret.encode() in seen for secret in secrets_of(values))
+    assert door.startswith("407 ") and "ocation" not in door
+    port = int((tmp_path / "proxy").read_text().rpartition(":")[2])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), "nobody listens there any more"
 
 
 def test_an_identity_that_cannot_log_in_ends(server: Azurite, tmp_path: Path):
