@@ -11,7 +11,8 @@ The way of the data, with the room (module) that does each step:
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
 Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation),
-inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), errors.py.
+inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), pruning.py (`python -m
+rosbag_dataset cache DIR` looks at the cache, and removes from it), errors.py.
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, and
 the joint positions. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`, `wrap_angles` or

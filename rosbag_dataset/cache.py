@@ -9,6 +9,9 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     meta.json            sizes of the images; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
+Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
+the entry was last used. `python -m rosbag_dataset cache` (pruning.py) shows entries, and removes some.
+
 Knows: names and layout of these files, several processes that build at once, disks that fill up.
 Must not know: fps, segments, actions: what changes without decoding a bag again is not in an entry.
 """
@@ -37,6 +40,8 @@ from .reading import Recording, image_sha256, read_bag
 from .settings import BagSettings
 
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
+IN_USE = "in-use.lock"  # held shared by each process that builds or reads entries, alone by one that removes some
+_in_use: dict[Path, Any] = {}  # cache folder -> that file, open until the process ends
 
 
 class EntryError(Exception):
@@ -89,6 +94,7 @@ def build_entry(
     cache_dir, entry = settings.cache_dir, settings.cache_dir / key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        _use(cache_dir)
         with _locked(cache_dir, key, bag.name):
             fault = _fault(entry, settings)
             if fault is None:
@@ -115,6 +121,25 @@ def build_entry(
         raise SetupError(
             f"data.cache_dir: {cache_dir}: cannot write the frame cache there ({exc.strerror or exc})"
         ) from exc
+
+
+def _use(cache_dir: Path) -> None:
+    """From now until this process ends nobody prunes this cache; waits for one that does at the moment.
+
+    Pixels are mapped when they are first wanted, by whichever worker wants them: an entry that is gone by then would
+    end a training. Where nothing can be locked or written, there is no such promise, and pruning refuses.
+    """
+    folder = cache_dir.resolve()
+    if folder in _in_use:
+        return
+    with contextlib.suppress(OSError):
+        file = (folder / IN_USE).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prunes {cache_dir}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        _in_use[folder] = file
 
 
 @contextlib.contextmanager
@@ -218,9 +243,12 @@ def _fault(entry: Path, settings: BagSettings) -> EntryError | None:
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
     """Read a cache entry's times and joints (pixels stay on disk: samples.open_pixels).
 
+    From then on the cache counts as in use until this process ends, and the entry as used now.
+
     Raises:
         EntryError: it is missing or not whole. Pixels are not read: only their files' sizes are compared.
     """
+    _use(entry.parent)
     try:
         meta = json.loads((entry / "meta.json").read_text())
         recording = Recording(
@@ -238,4 +266,6 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
                 recording.first_image[camera] = image_sha256(pixels.read(height * width * 3))
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise EntryError(f"{entry}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    with contextlib.suppress(OSError):  # a cache that is read only
+        os.utime(entry / "meta.json")
     return recording

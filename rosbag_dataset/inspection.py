@@ -123,14 +123,18 @@ def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> Episode:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m rosbag_dataset`. Exit code 0 when every bag can be trained on, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m rosbag_dataset", description="Look at a folder of ROS 2 bags.")
-    parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags")
+    parser = argparse.ArgumentParser(
+        prog="python -m rosbag_dataset",
+        description="Look at a folder of ROS 2 bags.",
+        epilog="`python -m rosbag_dataset cache CACHE_DIR` looks at a frame cache instead, and prunes it.",
+    )
+    parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags (./cache if it is called cache)")
     parser.add_argument("--config", type=Path, help="a training config whose data and conventions sections to use")
     parser.add_argument("--verify", action="store_true", help="also decode every image")
     parser.add_argument("--json", type=Path, help="write the report there as well")
     args = parser.parse_args(argv)
     try:
-        settings = _inspection_settings(args.bag_dir, args.config)
+        settings = settings_of(args.bag_dir, args.config)
         bags = find_bags(args.bag_dir)
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -166,8 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _inspection_settings(bag_dir: Path, config: Path | None) -> BagSettings:
-    """The data and conventions sections of config.yaml, overlaid with those of `config`."""
+def settings_of(bag_dir: Path, config: Path | None) -> BagSettings:
+    """The data and conventions sections of config.yaml, overlaid with those of `config`.
+
+    Raises:
+        BagError: a file cannot be read as a config, or what it says has a wrong type.
+    """
     merged: dict[str, Any] = {}
     for path in (CONFIG, config):
         if path is None:

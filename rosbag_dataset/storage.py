@@ -56,12 +56,12 @@ class Sqlite3Storage:
         self._steps_left = SQL_STEPS_AT_LEAST + SQL_STEPS_PER_BYTE * file.stat().st_size
         self._db.set_progress_handler(self._count_steps, 10_000)
         # A view, a virtual table or a computed column has no bytes in the file: a few of its words are endless rows.
-        stored = (
-            "SELECT name FROM sqlite_master WHERE name IN ('topics', 'messages') AND type = 'table' AND rootpage > 0 "
-            "AND NOT EXISTS (SELECT 1 FROM pragma_table_xinfo(sqlite_master.name) WHERE hidden)"
+        computed = (
+            "SELECT lower(name) FROM sqlite_master WHERE lower(name) IN ('topics', 'messages') AND (type != 'table' OR "
+            "rootpage = 0 OR EXISTS (SELECT 1 FROM pragma_table_xinfo(sqlite_master.name) WHERE hidden))"
         )
-        if lacking := sorted({"messages", "topics"} - {name for (name,) in self._query(stored)}):
-            raise LimitError(f"{' and '.join(lacking)}: expected a table, whose rows are stored in the file")
+        if names := sorted(name for (name,) in self._query(computed)):
+            raise LimitError(f"{' and '.join(names)}: expected a table, whose rows are stored in the file")
         rows = self._query(
             "SELECT topics.id, name, type, count(messages.id) FROM topics "
             "LEFT JOIN messages ON topics.id = messages.topic_id GROUP BY topics.id ORDER BY topics.id"
