@@ -10,6 +10,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -105,6 +106,26 @@ def _episode_name(path: Path, bag_dir: Path) -> str:
     return relative.as_posix() if relative.parts else bag_dir.resolve().name
 
 
+def _load_yaml(text: str) -> Any:
+    """yaml.load, after a look at a text that could be deep enough to crash libyaml, or that multiplies by aliases.
+
+    rosbag2 writes six levels and no alias. A text with few brackets, dashes and question marks cannot be deep; walking
+    through the events costs half as much as loading does, and is left out for it.
+
+    Raises:
+        ValueError: it is more than 100 levels deep, or has aliases.
+    """
+    if "&" in text or sum(map(text.count, "[{-?")) > 1000:
+        depth = 0
+        for event in yaml.parse(text, Loader=FAST_YAML):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 100:
+                raise ValueError("it is more than 100 levels deep")
+    return yaml.load(text, Loader=FAST_YAML)
+
+
 def _bag_folder(path: Path, name: str) -> Bag:
     """The bag in a folder with a metadata.yaml; what is wrong with it goes into the bag's `problem`.
 
@@ -116,14 +137,14 @@ def _bag_folder(path: Path, name: str) -> Bag:
         p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith((".db3", ".mcap", ".zstd"))
     )
     try:
-        info = yaml.load((path / "metadata.yaml").read_text(), Loader=FAST_YAML)["rosbag2_bagfile_information"]
+        info = _load_yaml((path / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
         listed = [path / Path(p).name for p in info["relative_file_paths"]]
         mode = str(info.get("compression_mode") or "").lower()
         claimed: dict[str, int] = {}
         for entry in info["topics_with_message_count"]:
             topic = entry["topic_metadata"]["name"]
             claimed[topic] = claimed.get(topic, 0) + int(entry["message_count"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as exc:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as exc:
         reason = " ".join(str(exc).split())
         problem = (
             f"metadata.yaml is not a rosbag2 metadata file ({type(exc).__name__}: {reason}); "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 
 from rosbag_dataset import cache_key, find_bags, load_episodes
 from tests.bags import settings, storage_file, write_bag
-from tests.checks import TAKE, assert_is_take, both_storages, error_of, flip
+from tests.checks import TAKE, assert_is_take, both_storages, error_of, flip, python
 
 
 def test_bags_are_found_recursively_and_sorted(tmp_path):
@@ -81,3 +82,29 @@ def test_identity_is_that_of_the_bytes(tmp_path, where):
         flip(file, {"first MiB": 1000, "last MiB": -1000, "middle": file.stat().st_size // 2}[where])
     (bag,) = find_bags(bag_dir)
     assert (cache_key(bag, bag.content_hash(), settings(bag_dir)) != key) == (where != "middle")
+
+
+BILLION = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 8)}]}}\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("[" * 100_000, "more than 100 levels deep"),
+        ("- " * 100_000 + "x", "more than 100 levels deep"),
+        ("{a: " * 100_000, "more than 100 levels deep"),
+        (BILLION, "it has aliases"),
+    ],
+    ids=["brackets", "dashes", "braces", "aliases"],
+)
+def test_metadata_that_would_crash_the_parser_is_a_problem_of_the_bag(tmp_path, text, fact):
+    """libyaml's composer recurses until the stack is full, and merged aliases multiply; in a process of its own."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metadata.yaml").write_text(text)
+    code = "import sys, pathlib, rosbag_dataset; print(rosbag_dataset.find_bags(pathlib.Path(sys.argv[1])))"
+    process = python(code, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)))
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, (process.returncode, stderr)
+    assert "metadata.yaml is not a rosbag2 metadata file" in stdout and fact in stdout
