@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lerobot_checkpoint import list_checkpoints, verify_checkpoint
 from tests.osmo_spec import place, submit
@@ -187,15 +188,44 @@ def train_image(store: Store) -> str:
     """The training image; the build has to have verified azcopy and left torch alone."""
     printed = store.build("Dockerfile", "localhost/train:ci")
     assert "azure-tools-azcopy-linux-10.32.2.tgz: OK" in printed and "azcopy version 10." in printed
-    assert "Uninstalling torch" not in printed
+    assert "Uninstalling torch" not in printed and "not with all pins" not in printed
     return "localhost/train:ci"
 
 
 @pytest.fixture(scope="module")
 def evaluation_image(store: Store) -> str:
     """The evaluation image; the build has to have left torch alone."""
-    assert "Uninstalling torch" not in store.build("Dockerfile.eval", "localhost/eval:ci")
+    printed = store.build("Dockerfile.eval", "localhost/eval:ci")
+    assert "Uninstalling torch" not in printed and "not with all pins" not in printed
     return "localhost/eval:ci"
+
+
+def packages(store: Store, image: str) -> dict[str, str]:
+    """name -> version of all that pip finds in an image."""
+    code, printed = store.run(
+        image, ["python3", "-m", "pip", "list", "--format=json", "--disable-pip-version-check"], {}
+    )
+    assert code == 0, printed
+    return {canonicalize_name(item["name"]): item["version"] for item in json.loads(printed.splitlines()[-1])}
+
+
+def test_the_images_hold_what_was_tested_together(store: Store, train_image: str, evaluation_image: str):
+    """Every package that the build installed has the version of constraints.txt, or the one that the base pins."""
+    lines = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    python = {"python_version": "3.11", "python_full_version": "3.11.2"}  # the stand-in's
+    pinned = {
+        canonicalize_name(line.name): str(line.specifier).removeprefix("==")
+        for line in lines
+        if line.marker is None or line.marker.evaluate(python)
+    } | {"pyyaml": "6.0.1"}
+    before = packages(store, BASE)
+    for image, some in (
+        (train_image, {"rosbags", "opencv-python-headless", "wandb"}),
+        (evaluation_image, {"lerobot", "pyarrow", "av"}),
+    ):
+        found = {name: v for name, v in packages(store, image).items() if before.get(name) != v}
+        assert some <= set(found)
+        assert {name: v for name, v in found.items() if pinned.get(name) != v} == {}, image
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +290,8 @@ def test_the_evaluation_image_evaluates(
 
 # Not /var/cache/apt: the settings of Debian's and Ubuntu's images empty it, those of our stand-in do not.
 CACHES = ["root/.cache", "root/.npm", "home/*/.cache", "home/*/.npm", "var/lib/apt/lists", "tmp"]
-BUILD_FILES = {"tmp/build/pyproject.toml", "tmp/build/install-requirements.sh"}  # a later instruction removes them
+# What a later instruction removes.
+BUILD_FILES = {f"tmp/build/{name}" for name in ("pyproject.toml", "constraints.txt", "install-requirements.sh")}
 
 
 def test_no_layer_keeps_a_cache(store: Store, train_image: str, evaluation_image: str):
