@@ -109,17 +109,18 @@ def _episode_name(path: Path, bag_dir: Path) -> str:
 def _load_yaml(text: str) -> Any:
     """yaml.load, after a look at a text that could be deep enough to crash libyaml, or that multiplies by aliases.
 
-    rosbag2 writes six levels and no alias. A text with few brackets, dashes and question marks cannot be deep; walking
-    through the events costs half as much as loading does, and is left out for it.
+    rosbag2 writes six levels. A text with few brackets, dashes and question marks cannot be deep; walking through the
+    events costs half as much as loading does, and is left out for it. An alias is harmless (Python's own writer makes
+    some of values that repeat), unless mappings are merged from it (`<<`), which copies.
 
     Raises:
-        ValueError: it is more than 100 levels deep, or has aliases.
+        ValueError: it is more than 100 levels deep, or merges aliases.
     """
-    if "&" in text or sum(map(text.count, "[{-?")) > 1000:
+    if ("&" in text and "<<" in text) or sum(map(text.count, "[{-?")) > 1000:
         depth = 0
         for event in yaml.parse(text, Loader=FAST_YAML):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases")
+            if isinstance(event, yaml.AliasEvent) and "<<" in text:
+                raise ValueError("it merges aliases")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 100:
                 raise ValueError("it is more than 100 levels deep")

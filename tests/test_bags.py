@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from rosbag_dataset import cache_key, find_bags, load_episodes
-from tests.bags import settings, storage_file, write_bag
+from tests.bags import edit_metadata, settings, storage_file, write_bag
 from tests.checks import TAKE, assert_is_take, both_storages, error_of, flip, python
 
 
@@ -95,7 +95,7 @@ BILLION = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("[" * 100_000, "more than 100 levels deep"),
         ("- " * 100_000 + "x", "more than 100 levels deep"),
         ("{a: " * 100_000, "more than 100 levels deep"),
-        (BILLION, "it has aliases"),
+        (BILLION, "it merges aliases"),
     ],
     ids=["brackets", "dashes", "braces", "aliases"],
 )
@@ -108,3 +108,12 @@ def test_metadata_that_would_crash_the_parser_is_a_problem_of_the_bag(tmp_path, 
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 0, (process.returncode, stderr)
     assert "metadata.yaml is not a rosbag2 metadata file" in stdout and fact in stdout
+
+
+def test_metadata_with_harmless_aliases_is_read(tmp_path):
+    """Python's writer makes an alias of a value that stands twice, as a script that edits metadata may do."""
+    write_bag(tmp_path / "a", TAKE.messages())
+    edit_metadata(tmp_path / "a", lambda info: info.update(ends_with=info["duration"]))
+    assert "&id001" in (tmp_path / "a" / "metadata.yaml").read_text()
+    (bag,) = find_bags(tmp_path)
+    assert not bag.problem
