@@ -499,31 +499,6 @@ def loss_terms(
     return l1_sum, n_valid_elements, kl_sum
 
 
-def act_loss(
-    actions_hat: Tensor,
-    actions: Tensor,
-    action_is_pad: Tensor,
-    mu: Tensor | None,
-    log_sigma_x2: Tensor | None,
-    *,
-    kl_weight: float,
-    l1_reduction: str = "valid",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss l1 + kl_weight * kl of one batch on one device, and the two terms; shapes as in loss_terms.
-
-    l1_reduction "valid" divides by the actions that are not padding, as LeRobot does from 0.6. "all" divides by
-    all of them, as 0.3.2 and 0.4.4 do, so that samples near an episode's end count for less; it is here to
-    compare with those. kl is the mean over the batch.
-    """
-    if l1_reduction not in ("valid", "all"):
-        raise ValueError(f"l1_reduction is {l1_reduction!r}; expected 'valid' or 'all'")
-    l1_sum, n_valid_elements, kl_sum = loss_terms(actions_hat, actions, action_is_pad, mu, log_sigma_x2)
-    # clamp: a batch of nothing but padding has loss 0, not 0 / 0.
-    l1 = l1_sum / (n_valid_elements.clamp(min=1) if l1_reduction == "valid" else actions.numel())
-    kl = kl_sum / actions.shape[0]
-    return l1 + kl_weight * kl, l1, kl
-
-
 # ---- Inference -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ from act_model import (
     Dropout,
     FrozenBatchNorm,
     TemporalEnsembler,
-    act_loss,
     loss_terms,
     sinusoidal_positions_2d,
 )
@@ -50,10 +49,11 @@ def make_batch(B: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-def training_step(model: ACT, batch: dict[str, torch.Tensor], seed: int = 2) -> tuple[torch.Tensor, ...]:
+def training_loss(model: ACT, batch: dict[str, torch.Tensor], seed: int = 2) -> torch.Tensor:
     torch.manual_seed(seed)
     actions_hat, posterior = model.train()(batch)
-    return act_loss(actions_hat, batch["action"], batch["action_is_pad"], *posterior, kl_weight=10.0)
+    l1_sum, n_valid, kl_sum = loss_terms(actions_hat, batch["action"], batch["action_is_pad"], *posterior)
+    return l1_sum / n_valid + 10.0 * kl_sum / len(actions_hat)
 
 
 def without_dropout(model: ACT) -> None:
@@ -118,35 +118,25 @@ def test_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(kl_sum, expected)
 
 
-def test_loss_terms_of_shards_add_up_to_the_global_loss():
-    """Sums over unequal shards, divided by the global counts, are the whole batch's loss: what DDP relies on."""
+def test_loss_terms_of_shards_add_up_to_those_of_the_whole():
+    """Sums over unequal shards are the whole batch's, and so is what comes of one division: what DDP relies on."""
     torch.manual_seed(0)
     B, L = 5, 8
     actions_hat, actions, mu, log_sigma_x2 = (torch.randn(B, *s) for s in ((10, 6), (10, 6), (L,), (L,)))
     is_pad = torch.arange(10) >= torch.tensor([10, 9, 1, 4, 7]).unsqueeze(1)
     parts = (actions_hat, actions, is_pad, mu, log_sigma_x2)
-    whole, l1, kl = act_loss(*parts, kl_weight=10.0)
     shards = [loss_terms(*(part[rows] for part in parts)) for rows in (slice(0, 2), slice(2, 5))]
-    l1_sum, n_valid, kl_sum = (sum(values) for values in zip(*shards, strict=True))
-    assert n_valid == (10 + 9 + 1 + 4 + 7) * 6
-    torch.testing.assert_close(l1_sum / n_valid + 10.0 * kl_sum / B, whole)
-    torch.testing.assert_close((l1_sum / n_valid, kl_sum / B), (l1, kl))
+    added = tuple(sum(values) for values in zip(*shards, strict=True))
+    assert added[1] == (10 + 9 + 1 + 4 + 7) * 6
+    torch.testing.assert_close(added, loss_terms(*parts))
 
 
 def test_loss_has_a_value_without_posterior_or_valid_actions():
-    """No VAE: KL is 0. Nothing but padding: the loss is 0, not NaN."""
+    """No VAE: KL is 0. Nothing but padding: the sum is 0 over 0 actions, not NaN."""
     actions = torch.randn(2, 10, 6)
-    loss, l1, kl = act_loss(actions, actions + 1, torch.zeros(2, 10, dtype=torch.bool), None, None, kl_weight=10.0)
-    assert kl == 0 and loss == l1 == pytest.approx(1.0)
-    loss, _, _ = act_loss(actions, actions + 1, torch.ones(2, 10, dtype=torch.bool), None, None, kl_weight=10.0)
-    assert loss == 0
-
-
-def test_unknown_l1_reduction_is_refused():
-    """A misspelt reduction is an error, never a default."""
-    actions = torch.randn(2, 10, 6)
-    with pytest.raises(ValueError, match="l1_reduction is 'mean'; expected 'valid' or 'all'"):
-        act_loss(actions, actions, actions[..., 0] > 0, None, None, kl_weight=1.0, l1_reduction="mean")
+    l1_sum, n_valid, kl_sum = loss_terms(actions, actions + 1, torch.zeros(2, 10, dtype=torch.bool), None, None)
+    assert kl_sum == 0 and n_valid == 120 and l1_sum == pytest.approx(120.0)
+    assert loss_terms(actions, actions + 1, torch.ones(2, 10, dtype=torch.bool), None, None) == (0, 0, 0)
 
 
 def test_padded_actions_change_nothing(model):
@@ -156,7 +146,7 @@ def test_padded_actions_change_nothing(model):
         batch = make_batch()
         batch["action"][batch["action_is_pad"]] = filler
         model.zero_grad()
-        loss, _, _ = training_step(model, batch)
+        loss = training_loss(model, batch)
         loss.backward()
         results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
     (loss_a, gradients_a), (loss_b, gradients_b) = results
@@ -242,7 +232,7 @@ def test_load_backbone_refuses_other_weights(model, break_it, message):
 def test_training_is_reproducible_and_eval_deterministic(model):
     """Same seed, same loss to the last bit; in eval mode the seed and the target actions do not matter."""
     batch = make_batch()
-    assert training_step(model, batch)[0] == training_step(model, batch)[0] != training_step(model, batch, seed=3)[0]
+    assert training_loss(model, batch) == training_loss(model, batch) != training_loss(model, batch, seed=3)
     model.eval()
     torch.manual_seed(0)
     first, posterior = model(batch)
@@ -257,7 +247,7 @@ def test_every_parameter_is_trained(model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([*model.other_parameters(), *model.backbone_parameters()], lr=1e-3)
     for seed in range(2):
-        training_step(model, make_batch(), seed)[0].backward()
+        training_loss(model, make_batch(), seed).backward()
         optimizer.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
@@ -276,7 +266,7 @@ def test_cached_positions_are_fresh_ones_and_never_saved(model):
         assert torch.equal(model.image_positions(height, width, device), fresh)
     assert len(model._image_positions) == 2
     assert set(model.state_dict()) == keys
-    training_step(model, make_batch())[0].backward()  # also after a first use under inference_mode
+    training_loss(model, make_batch()).backward()  # also after a first use under inference_mode
 
 
 def test_order_of_the_batch_and_of_cameras_does_not_matter(model):
@@ -293,9 +283,9 @@ def test_bfloat16_autocast(model):
     """Under autocast the step runs, the loss and the actions are float32, and close to those without."""
     batch = make_batch()
     without_dropout(model)
-    expected = training_step(model, batch)[0]
+    expected = training_loss(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = training_step(model, batch)[0]
+        loss = training_loss(model, batch)
         assert model(batch)[0].dtype == torch.float32
     assert loss.dtype == torch.float32
     loss.backward()
