@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import train
-from tests.tiny import ROOT
-from train import Config, load_config
+from act_model import ACTConfig
+from rosbag_dataset import BagSettings, episodes
+from tests.tiny import ROOT, run
+from train import (
+    AugmentationConfig,
+    Config,
+    ConventionsConfig,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    WandbConfig,
+    load_config,
+)
 from training.errors import ConfigError
 
 PACKAGES = ("training", "rosbag_dataset", "lerobot_checkpoint")
@@ -61,15 +73,40 @@ def test_an_empty_config_and_config_yaml_mean_the_same(tmp_path: Path):
     assert load_config(write(tmp_path, "")) == load_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("dotted", all_keys())
-def test_every_key_is_read_somewhere(dotted: str):
-    """A knob that is accepted, logged and read nowhere would be a lie."""
-    name = dotted.split(".")[1]
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr == name:
-                return
-    pytest.fail(f"{dotted} is read nowhere")
+# The sections, and what is made of them.
+READ_FROM = {
+    DataConfig: "data", ConventionsConfig: "conventions", AugmentationConfig: "augmentation", ModelConfig: "model",
+    TrainingConfig: "training", WandbConfig: "wandb", ACTConfig: "model", BagSettings: "data and conventions",
+}  # fmt: skip
+# Functions that read settings without doing what they say: they copy them, check them, or name a cache entry by them.
+NO_USE = {"__post_init__", "act_config", "cache_key", "check_settings", "read_settings", "_set", "__eq__", "__hash__"}
+SWITCHED_ON = {
+    "conventions__apply_joint_sign": "true", "augmentation__enabled": "true", "wandb__enabled": "true",
+    "training__scheduler": "cosine", "training__warmup_steps": 1, "training__steps": 2, "training__save_freq": 1,
+    "training__val_fraction": 0.2, "training__keep_checkpoints": 1, "model__n_action_steps": 1,
+    "model__temporal_ensemble_coeff": 0.02,
+}  # fmt: skip
+
+
+def test_every_key_is_read(sample_bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A knob that is accepted, logged and read nowhere would be a lie. A short run in which everything is switched on
+    reads each of them, from its own section or from what is made of it, or writes it down for the robot."""
+    read: set[str] = set()
+
+    def spy(self: object, name: str) -> object:
+        reader = sys._getframe(1).f_code
+        if reader.co_name not in NO_USE and reader.co_filename != dataclasses.__file__:
+            read.update(f"{section}.{name}" for section in READ_FROM[type(self)].split(" and "))
+        return object.__getattribute__(self, name)
+
+    for made_of_settings in READ_FROM:
+        monkeypatch.setattr(made_of_settings, "__getattribute__", spy)
+    monkeypatch.setattr(episodes, "build_entries", lambda *args: [])  # bags are decoded in this process, then
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    output = run(sample_bags, tmp_path, data__cache_dir=tmp_path / "cache", **SWITCHED_ON)
+    config = json.loads((output / "last/pretrained_model/config.json").read_text())
+    read |= {f"model.{key}" for key in ("n_action_steps", "temporal_ensemble_coeff") if config[key] in (1, 0.02)}
+    assert set(all_keys()) - read == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
