@@ -2,24 +2,28 @@
 
 Runs that are compared with themselves do not notice a term that is missing from all of them. Here every factor bites:
 the KL term, the clipping, the weight decay, the backbone's own rate, the warm-up and the cosine, the padding's mask.
+All in float64, so that no weight's rounding is amplified by Adam.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from lerobot_checkpoint import save_checkpoint
-from tests.tiny import trainer
+from tests.tiny import ROOT, torchrun, trainer
 from training import identity
 
-STEPS, WARMUP = 5, 2
+STEPS, WARMUP, BATCH = 5, 2, 4
 SETTINGS = {
     "training__steps": STEPS,
-    "training__batch_size": 4,
+    "training__batch_size": BATCH,
     "training__lr": 2e-3,
     "training__lr_backbone": 5e-4,
     "training__weight_decay": 0.3,
@@ -40,23 +44,42 @@ def factor(step: int) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - 1 - WARMUP))) / 2
 
 
-@pytest.fixture
-def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same latent noise for both sides, whatever else they draw."""
-    monkeypatch.setattr(torch, "randn_like", lambda x: torch.linspace(-1.5, 2, x.numel(), dtype=x.dtype).view_as(x))
+def noise(rows: slice) -> torch.Tensor:
+    """The latent noise of some rows of the batch: the same for all sides, whatever else they draw."""
+    return torch.linspace(-1.5, 2, BATCH * 4, dtype=torch.float64).view(BATCH, 4)[rows]
+
+
+def batch_of(ready, step: int, rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of a step's batch: from near the ends of episodes, where chunks are padded, and from their middles."""
+    count = len(ready.dataset)
+    places = [(step * 37 + i * count // 4 + (count // 4 - 3) * (i % 2)) % count for i in range(BATCH)]
+    raw = {name: torch.from_numpy(array) for name, array in ready.dataset.__getitems__(places).items()}
+    raw["action_is_pad"][0, 2:] = raw["action_is_pad"][2, 5:] = True
+    batch = ready.prepare({name: values[rows] for name, values in raw.items()})
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def train_ours(ready, rows: slice) -> dict[str, torch.Tensor]:
+    """Five steps on some rows of each batch; -> the weights."""
+    torch.randn_like = lambda x: noise(rows).view_as(x)
+    for step in range(STEPS):
+        assert ready.train_step(batch_of(ready, step, rows)).tolist() == [0, 0]
+    return dict(ready.model.named_parameters())
 
 
 def lerobot_policy(ready, folder: Path):
     """LeRobot 0.3.2's policy with the trainer's initial weights, in float64; it gets normalised batches."""
     from lerobot.policies.act.modeling_act import ACTPolicy
 
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in ready.model.state_dict().items()}
     checkpoint = save_checkpoint(
-        folder, 0, model_state=ready.model.state_dict(), act_config=ready.act, stats=ready.stats,
+        folder, 0, model_state=weights, act_config=ready.act, stats=ready.stats,
         image_shapes=ready.episodes[0].image_shape, policy_fields=identity.policy_fields(ready.settings),
         train_config={}, training_state={},
     )  # fmt: skip
     policy = ACTPolicy.from_pretrained(checkpoint / "pretrained_model").double().train()
     policy.normalize_inputs = policy.normalize_targets = torch.nn.Identity()
+    assert all(torch.equal(ours, policy.model.state_dict()[name]) for name, ours in ready.model.state_dict().items())
     return policy
 
 
@@ -71,38 +94,76 @@ def lerobot_loss(policy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return both - l1 + l1 / valid
 
 
-def test_five_steps_are_those_of_lerobots_loss_and_torchs_optimizer(sample_bags: Path, tmp_path: Path, noise: None):
-    """In float64, so that no weight's rounding is amplified by Adam: every weight equal to 1e-7 after five steps."""
-    ready = trainer(sample_bags, tmp_path, **SETTINGS)
-    policy = lerobot_policy(ready, tmp_path / "lerobot")
-    ready.model.double()
-    assert all(torch.equal(ours, policy.model.state_dict()[name]) for name, ours in ready.model.state_dict().items())
+def train_lerobots(ready, policy) -> dict[str, torch.Tensor]:
+    """Five steps of LeRobot's loss with torch's optimizer, on whole batches; -> the weights, which have all moved."""
+    torch.randn_like = lambda x: noise(slice(None)).view_as(x)
     groups = [
         {"params": [p for n, p in policy.named_parameters() if not n.startswith("model.backbone")], "lr": 2e-3},
         {"params": [p for n, p in policy.named_parameters() if n.startswith("model.backbone")], "lr": 5e-4},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.3, fused=False, foreach=False)
     started = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-
-    count, clipped = len(ready.dataset), []
+    clipped, unlike = [], []
     for step in range(STEPS):
-        # From near the ends of episodes, where chunks are padded, and from their middles.
-        places = [(step * 37 + i * count // 4 + (count // 4 - 3) * (i % 2)) % count for i in range(4)]
-        raw = {name: torch.from_numpy(array) for name, array in ready.dataset.__getitems__(places).items()}
-        raw["action_is_pad"][0, 3:] = True
-        batch = {k: v.double() if v.is_floating_point() else v for k, v in ready.prepare(raw).items()}
-        flags = ready.train_step(batch)
-        assert flags.tolist() == [0, 0]
-
         for group, peak in zip(optimizer.param_groups, (2e-3, 5e-4), strict=True):
             group["lr"] = peak * factor(step)
         optimizer.zero_grad()
-        lerobot_loss(policy, dict(batch)).backward()
+        batch = batch_of(ready, step, slice(None))
+        valid = (~batch["action_is_pad"]).sum(dim=1)
+        unlike.append(valid[:2].sum() != valid[2:].sum())
+        lerobot_loss(policy, batch).backward()
         clipped.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5) > 0.5)
         optimizer.step()
     assert all(clipped), "the clipping bites"
-    theirs = dict(policy.model.named_parameters())
-    assert theirs.keys() == dict(ready.model.named_parameters()).keys()
-    for name, ours in ready.model.named_parameters():
-        assert (ours - theirs[name]).abs().max() < 1e-7, name
-        assert (ours - started[name]).abs().max() > 1e-5, f"{name} was trained"
+    assert sum(unlike) > 2, "the halves have padding of their own"
+    weights = dict(policy.model.named_parameters())
+    assert all((weights[n] - started[n]).abs().max() > 1e-5 for n in weights)
+    return weights
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Every weight is equal to 1e-7."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() < 1e-7, name
+
+
+@pytest.fixture(autouse=True)
+def own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gets its noise back after each test."""
+    monkeypatch.setattr(torch, "randn_like", torch.randn_like)
+
+
+def test_five_steps_are_those_of_lerobots_loss_and_torchs_optimizer(sample_bags: Path, tmp_path: Path):
+    """In one process."""
+    ready = trainer(sample_bags, tmp_path, torch.float64, **SETTINGS)
+    policy = lerobot_policy(ready, tmp_path / "lerobot")
+    assert_near(train_ours(ready, slice(None)), train_lerobots(ready, policy))
+
+
+RANK = """
+import json, sys, torch
+from pathlib import Path
+from tests.test_train_step import train_ours
+from tests.tiny import trainer
+bags, folder, settings = sys.argv[1:]
+ready = trainer(Path(bags), Path(folder), torch.float64, **json.loads(settings))
+rank = ready.world.rank
+torch.save(train_ours(ready, slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
+ready.world.close()
+"""
+
+
+def test_five_steps_of_two_ranks_are_the_same(sample_bags: Path, tmp_path: Path):
+    """Each has half of the batch, with padding of its own: loss, clipping and step are those of the whole batch."""
+    ready = trainer(sample_bags, tmp_path, torch.float64, **SETTINGS)
+    theirs = train_lerobots(ready, lerobot_policy(ready, tmp_path / "lerobot"))
+    (tmp_path / "rank.py").write_text(RANK)
+    settings = json.dumps(SETTINGS | {"training__batch_size": BATCH // 2})
+    done = subprocess.run(
+        [*torchrun(2), str(tmp_path / "rank.py"), str(sample_bags), str(tmp_path / "ranks"), settings],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert_near(torch.load(tmp_path / f"ranks/{rank}.pt"), theirs)

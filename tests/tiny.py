@@ -97,13 +97,16 @@ def error_line(result: subprocess.CompletedProcess) -> str:
     return errors[0]
 
 
-def trainer(bags: Path, folder: Path, **overrides: object) -> train.Trainer:
-    """A Trainer that is ready for its first step."""
+def trainer(bags: Path, folder: Path, dtype: torch.dtype = torch.float32, **overrides: object) -> train.Trainer:
+    """A Trainer that is ready for its first step, its weights in `dtype`; one rank of several under torchrun."""
     argv = arguments(bags, folder, **overrides)
     cfg = train.load_config(Path(argv[1]), [a.removeprefix("--override=") for a in argv[2:]])
     stop = train.StopSignal()
     stop.restore()
-    ready = train.Trainer(cfg, train.detect_ddp(), stop, overwrite=True)
+    world = train.detect_ddp()
+    train.join_ddp(world, cfg.training.device)
+    ready = train.Trainer(cfg, world, stop, overwrite=True)
+    ready.model.to(dtype)
     ready.loader, ready.tracker = ready.start(), trackers.NoTracker()
     return ready
 
