@@ -28,7 +28,7 @@ SETTINGS = {
     "training__lr_backbone": 5e-4,
     "training__weight_decay": 0.3,
     "training__kl_weight": 7.0,
-    "training__grad_clip_norm": 0.5,
+    "training__grad_clip_norm": 60.0,
     "training__scheduler": "cosine",
     "training__warmup_steps": WARMUP,
     "training__min_lr": 1e-4,
@@ -112,9 +112,9 @@ def train_lerobots(ready, policy) -> dict[str, torch.Tensor]:
         valid = (~batch["action_is_pad"]).sum(dim=1)
         unlike.append(valid[:2].sum() != valid[2:].sum())
         lerobot_loss(policy, batch).backward()
-        clipped.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5) > 0.5)
+        clipped.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 60.0) > 60.0)
         optimizer.step()
-    assert all(clipped), "the clipping bites"
+    assert 0 < sum(clipped) < STEPS, "the clipping bites, and not always: Adam does not see a factor on all gradients"
     assert sum(unlike) > 2, "the halves have padding of their own"
     weights = dict(policy.model.named_parameters())
     assert all((weights[n] - started[n]).abs().max() > 1e-5 for n in weights)
