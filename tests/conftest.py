@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,15 @@ from tests.once import once  # noqa: E402
 
 @pytest.fixture(scope="session")
 def sample_bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with six short episodes of the simulated UR10e at 96x128, the same for all pytest workers."""
+    """A folder with six short episodes of the simulated UR10e at 96x128, the same for all pytest workers.
+
+    SAMPLE_BAGS, where it is set, names a folder that has them already (tests/mutants.py runs pytest a hundred times).
+    """
 
     def make(folder: Path) -> None:
+        if recorded := os.environ.get("SAMPLE_BAGS"):
+            shutil.copytree(recorded, folder / "bags")
+            return
         record(folder / "bags", episodes=6, seed=7, storage="mcap", height=96, width=128)
 
     return once(tmp_path_factory, "sample", make) / "bags"

@@ -40,6 +40,18 @@ def test_the_place_in_the_data_survives_another_batch_size():
     assert next(iter(SampleStream(10, 8, 0, 1, seed=0, start=12))) == expected
 
 
+def test_every_step_of_every_rank_draws_noise_of_its_own(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """Dropout and the latent's noise: else all steps, or all ranks, would drop the same elements."""
+    ready, seeds, original = trainer(sample_bags, tmp_path), [], torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: (seeds.append(torch.initial_seed()), original(x))[1])
+    batch = ready.prepare(next(iter(ready.loader)))
+    for ready.step, ready.world.rank in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        ready.train_step(batch)
+    assert len(set(seeds)) == 4
+    uses = [feed.step_seed(*of) for of in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2, 3, "x"), (12, 3, 3))]
+    assert len(set(uses)) == len(uses) and all(0 <= seed < 2**63 for seed in uses)
+
+
 def test_frames_on_the_device_give_the_same_training(sample_bags: Path, tmp_path: Path, monkeypatch):
     """Staged on the CPU, where no GPU is: the loader sends indices, and every weight is the same to the last bit."""
     usual = run(sample_bags, tmp_path / "usual")

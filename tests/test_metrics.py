@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import train
-from tests.tiny import ROOT, arguments, run
+from tests.tiny import ROOT, arguments, metrics, run
 from training.metrics import Journal, Pace, Watch, read_metrics
 
 FULL_DISK = """
@@ -140,3 +142,12 @@ def test_a_run_says_what_goes_wrong_and_how_little_it_sees(sample_bags: Path, tm
     assert "note: 24 steps are 0.1 passes over the data, 48 samples" in said
     (note,) = json.loads((output / "summary.json").read_text())["warnings"]
     assert "the loss has not moved" in note and f"warning: {note}" in said and f"  warning     {note}" in said
+
+
+def test_a_line_is_the_mean_of_the_steps_since_the_last_one(sample_bags: Path, tmp_path: Path):
+    """The same run, logged at every step and at every third: losses and gradient norm are means over the three."""
+    every, third = (metrics(run(sample_bags, tmp_path / str(n), training__log_freq=n)) for n in (1, 3))
+    assert [line["step"] for line in third] == [3, 6]
+    for i, line in enumerate(third):
+        for name in ("loss", "l1_loss", "kl_loss", "grad_norm"):
+            assert line[name] == pytest.approx(sum(one[name] for one in every[3 * i : 3 * i + 3]) / 3, rel=1e-5), name

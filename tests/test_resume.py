@@ -40,8 +40,10 @@ def test_an_interrupted_run_is_the_same_run(straight: Path, sample_bags: Path, t
 
 
 def test_resume_between_log_lines_keeps_the_half_full_window(sample_bags: Path, tmp_path: Path):
-    """Saved at step 3 with log_freq 2: the line of step 4 averages steps 3 and 4, before and after a resume."""
+    """Saved at step 3 with log_freq 2: the line of step 4 averages steps 3 and 4, before and after a resume. The
+    schedule goes on in the middle of its warm-up."""
     odd = {"training__save_freq": 3, "training__log_freq": 2}
+    odd |= {"training__scheduler": "cosine", "training__warmup_steps": 5}
     unbroken = run(sample_bags, tmp_path / "a", training__steps=6, **odd)
     broken = run(sample_bags, tmp_path / "b", training__steps=6, **odd)
     for name in ("checkpoint_000006", "last", "best"):

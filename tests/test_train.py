@@ -14,9 +14,9 @@ import torch
 
 import train
 from lerobot_checkpoint import load_policy
-from rosbag_dataset import ChunkDataset, load_episodes
+from rosbag_dataset import ChunkDataset, load_episodes, split_episodes
 from tests.bags import make_take, write_bag
-from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process
+from tests.tiny import ROOT, arguments, error_line, metrics, run, run_process, trainer
 from train import TrainingConfig, _build_scheduler, lr_factor
 from training.identity import VERSION
 
@@ -151,6 +151,33 @@ def test_statistics_come_from_training_episodes_only(finished: Path, sample_bags
     assert np.abs(everything - np.asarray(stats["mean"])).max() > 1e-3
 
 
+def test_training_and_validation_see_their_own_episodes(sample_bags: Path, tmp_path: Path):
+    """The loader's samples are of training episodes, the validation's of held-out ones, as the seed splits them; the
+    score is the L1 of the policy as a robot runs it, computed here by hand."""
+    cfg = train.load_config(ROOT / "config.yaml", [a[11:] for a in arguments(sample_bags, tmp_path)[2:]])
+    episodes, _ = load_episodes(train.bag_settings(cfg), progress=False)
+
+    def names(seed: int) -> list[list[str]]:
+        return [[e.name for e in side] for side in split_episodes(episodes, 0.4, seed)]
+
+    seed = next(seed for seed in range(100) if names(seed) != names(42) and names(seed)[1])
+    ready = trainer(sample_bags, tmp_path, training__seed=seed, training__val_fraction=0.4)
+    seen = [list(dict.fromkeys(d.locate(i)[0] for i in range(len(d)))) for d in (ready.dataset, ready.held_out_dataset)]
+    assert seen == names(seed)
+
+    held_out = ChunkDataset([e for e in episodes if e.name in names(seed)[1]], 8)
+    batch = {name: torch.from_numpy(array) for name, array in held_out.__getitems__(range(len(held_out))).items()}
+    batch["observation.images.color"] = batch["observation.images.color"].permute(0, 3, 1, 2) / 255
+    for name, of in ready.stats.items():
+        batch[name] = (batch[name] - torch.tensor(of["mean"])) / (torch.tensor(of["std"]) + 1e-8)
+    score = ready._validate()
+    assert ready.model.training
+    with torch.inference_mode():
+        predicted, _ = ready.model.eval()(batch)
+    errors = (predicted - batch["action"])[~batch["action_is_pad"]].abs()
+    assert score == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
 def test_two_cameras_train_and_are_named_in_the_checkpoint(tmp_path: Path):
     """data.camera_topics {name: topic}: each becomes observation.images.<name>, in this order."""
     for i in range(2):
@@ -263,6 +290,6 @@ def test_a_backbone_that_is_slower_than_min_lr_or_frozen_stays_so():
 def test_the_logged_learning_rate_is_the_one_used(sample_bags: Path, tmp_path: Path):
     """metrics.jsonl shows the schedule's value of its own step."""
     cosine = {"training__scheduler": "cosine", "training__warmup_steps": 2, "training__log_freq": 1}
-    output = run(sample_bags, tmp_path, training__steps=4, **cosine)
+    output = run(sample_bags, tmp_path, training__steps=4, training__lr_backbone=3e-5, **cosine)
     training = TrainingConfig(steps=4, lr=1e-4, warmup_steps=2, scheduler="cosine")
     assert [m["lr"] for m in metrics(output)] == pytest.approx([1e-4 * lr_factor(s, training, 1e-4) for s in range(4)])

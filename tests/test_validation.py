@@ -8,7 +8,9 @@ import torch
 
 from act_model import ACT
 from lerobot_checkpoint import load_policy
+from rosbag_dataset import ChunkDataset
 from tests.tiny import metrics, run, trainer
+from training import validation
 
 
 def test_validation_is_in_fp32_whatever_training_is(sample_bags: Path, tmp_path: Path):
@@ -41,3 +43,14 @@ def test_only_training_rounds_products_to_tf32(sample_bags: Path, tmp_path: Path
     images = {f"observation.images.{c}": torch.zeros(1, 3, *shape) for c, shape in policy.image_shapes.items()}
     policy.predict_chunk({"observation.state": torch.zeros(1, 6), **images})
     assert seen[False] == {(False, False)}
+
+
+def test_a_validation_samples_all_held_out_episodes(sample_bags: Path, tmp_path: Path, monkeypatch):
+    """Of more samples than it takes, it takes them evenly, from the first to the last episode."""
+    ready = trainer(sample_bags, tmp_path, training__val_fraction=0.4)
+    asked, original = [], ChunkDataset.__getitems__
+    monkeypatch.setattr(ChunkDataset, "__getitems__", lambda self, i: (asked.extend(i), original(self, i))[1])
+    monkeypatch.setattr(validation, "VALIDATION_SAMPLES", 10)
+    ready._validate()
+    count = len(ready.held_out_dataset)
+    assert count > 50 and asked == [i * count // 10 for i in range(10)]

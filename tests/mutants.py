@@ -1,0 +1,494 @@
+"""Plant bugs, one at a time, and see whether the test that is named for each notices.
+
+    python -m tests.mutants                                  # all of them, about a quarter of an hour on two cores
+    python -m tests.mutants --only resume                    # those whose name has this in it
+    python -m tests.mutants --jobs 2 --output docs/mutants.md
+
+Each mutant is a text that stands exactly once in a file, what to put there instead, and a test that must then fail.
+It is planted in a copy of the working tree, where that test alone runs. `killed`: the test failed. `SURVIVED`: it
+passed, and does not guard what it is named for. `not applicable`: the text is no longer there exactly once, or the
+test could not run; tests/test_mutants.py finds that in seconds. Exit code 1 unless all were killed.
+
+Why not mutmut or cosmic-ray: they change every operator, thousands of them here, and run many tests for each, while
+one of ours that trains takes ten seconds and more, in processes and ranks that they do not follow. And what we want to
+know is not whether each line is tested but whether learning that is broken in a way that matters is noticed: "weight
+decay is 0", "the optimizer's state is lost on resume".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 240  # a test that takes longer is stopped, and counts as failed
+KILLED, SURVIVED, NOT_APPLICABLE = "killed", "SURVIVED", "not applicable"
+
+
+class Mutant(NamedTuple):
+    """A bug: `text`, which stands exactly once in `file`, becomes `planted`; then `test` fails."""
+
+    name: str  # "area: what is wrong"
+    file: str
+    text: str
+    planted: str
+    test: str  # as pytest names it, below tests/
+
+
+STEP = "test_train_step.py::test_five_steps_are_those_of_lerobots_loss_and_torchs_optimizer"
+TWO_RANKS = "test_train_step.py::test_five_steps_of_two_ranks_are_the_same"
+COSINE = "test_train.py::test_the_cosine_curve_point_by_point"
+RESUMED = "test_resume.py::test_an_interrupted_run_is_the_same_run[stops0]"
+STATISTICS = "test_statistics.py::test_statistics_are_those_of_all_training_frames[delta]"
+FLOORS = "test_statistics.py::test_deviations_have_a_floor"
+CHUNKS = "test_samples.py::test_no_action_and_no_chunk_crosses_a_gap_or_an_episode[delta]"
+SHORT = "test_samples.py::test_episode_shorter_than_a_chunk"
+SEAM = "test_synchronisation.py::test_wrapped_states_and_small_deltas"
+SUMMARY = "test_train.py::test_the_summary_errors_are_those_of_the_saved_checkpoint"
+MODES = "test_deploy_policy.py::test_modes_are_lerobots_select_action"
+PERCENTILES = "test_deploy_policy.py::test_percentiles_are_observed_values"
+SCORES = "test_run_dir.py::test_a_checkpoint_that_was_never_written_is_not_the_best"
+SPLIT = "test_train.py::test_training_and_validation_see_their_own_episodes"
+
+MUTANTS = [
+    # The train step.
+    Mutant("step: no KL in the gradient", "train.py",
+           "training.kl_weight * kl_sum / self.effective_batch)", "0 * kl_sum)", STEP),
+    Mutant("step: nothing is clipped", "train.py",
+           "clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)",
+           "clip_grad_norm_(self.model.parameters(), 1e9)", STEP),
+    Mutant("step: no weight decay", "train.py", "weight_decay=training.weight_decay,", "weight_decay=0.0,", STEP),
+    Mutant("step: the backbone learns at the main rate", "train.py",
+           '"lr": training.lr_backbone}', '"lr": training.lr}', STEP),
+    Mutant("step: gradients pile up", "train.py", "self.optimizer.zero_grad(set_to_none=True)", "pass", STEP),
+    Mutant("step: padded actions count in the loss", "act_model.py", ".abs().masked_fill(is_pad, 0)", ".abs()", STEP),
+    Mutant("step: the mean counts padding", "act_model.py",
+           "n_valid_elements = (~action_is_pad).sum() * actions.shape[-1]",
+           "n_valid_elements = (action_is_pad >= 0).sum() * actions.shape[-1]", STEP),
+    Mutant("step: KL is twice as large", "act_model.py", "kl_sum = -0.5 * (", "kl_sum = -1.0 * (",
+           "test_act_model.py::test_kl_is_that_of_two_gaussians"),
+    Mutant("step: the VAE sees padded actions", "act_model.py",
+           "F.pad(action_is_pad, (2, 0), value=False)", "F.pad(action_is_pad & False, (2, 0), value=False)",
+           "test_act_model.py::test_padded_actions_change_nothing"),
+    Mutant("step: the latent has no noise", "act_model.py", "* torch.randn_like(mu)", "* 0", STEP),
+    Mutant("step: one noise for all steps", "train.py",
+           "torch.manual_seed(feed.step_seed(training.seed, self.step, world.rank))",
+           "torch.manual_seed(feed.step_seed(training.seed, 0, world.rank))",
+           "test_feed.py::test_every_step_of_every_rank_draws_noise_of_its_own"),
+    Mutant("step: all ranks draw the same noise", "train.py",
+           "torch.manual_seed(feed.step_seed(training.seed, self.step, world.rank))",
+           "torch.manual_seed(feed.step_seed(training.seed, self.step, 0))",
+           "test_feed.py::test_every_step_of_every_rank_draws_noise_of_its_own"),
+    Mutant("step: a step is taken on a loss that is not finite", "train.py",
+           "self.optimizer.found_inf = torch.maximum(", "torch.maximum(",
+           "test_failures.py::test_a_loss_that_is_not_finite_never_reaches_the_weights[1]"),
+    Mutant("step: training goes on behind a loss that is not finite", "train.py",
+           "torch.maximum(self.optimizer.found_inf, bad.float())", "bad.float()",
+           "test_failures.py::test_a_loss_that_is_not_finite_never_reaches_the_weights[100]"),
+    Mutant("step: bf16 is not used", "train.py", "enabled=self.precision != torch.float32", "enabled=False",
+           "test_device.py::test_bf16_follows_fp32_and_keeps_weights_and_optimizer_in_fp32"),
+    # Several ranks.
+    Mutant("ranks: gradients are halved", "train.py", "loss = world.size * (l1_sum", "loss = (l1_sum", TWO_RANKS),
+    Mutant("ranks: a mean of the ranks' means", "train.py",
+           "loss = world.size * (l1_sum / sums[2]", "loss = world.size * (l1_sum / (n_valid * world.size)", TWO_RANKS),
+    Mutant("ranks: the batch counts one rank's samples", "train.py",
+           "self.effective_batch = training.batch_size * world.size", "self.effective_batch = training.batch_size",
+           TWO_RANKS),
+    Mutant("ranks: all see the same samples", "training/feed.py",
+           "first, size = self.start + self.rank, ", "first, size = self.start, ",
+           "test_feed.py::test_ranks_share_what_one_process_would_see"),
+    Mutant("ranks: a failure is not told to the others", "train.py",
+           "            claim_failure(world)\n", "            pass\n",
+           "test_failures.py::test_an_error_that_nobody_foresaw_ends_the_run[2-0]"),
+    # The order of samples, and what becomes of them.
+    Mutant("samples: one order for all epochs", "training/feed.py",
+           "manual_seed(self.seed + epoch)", "manual_seed(self.seed)",
+           "test_feed.py::test_every_epoch_is_a_permutation_of_its_own"),
+    Mutant("samples: frames take nearly all of the GPU", "training/feed.py", "SHARE = 0.5", "SHARE = 0.95",
+           "test_feed.py::test_frames_stay_on_the_device_only_when_they_fit"),
+    Mutant("samples: red and blue are swapped in training", "training/feed.py",
+           "batch[name].permute(0, 3, 1, 2).float()", "batch[name].flip(-1).permute(0, 3, 1, 2).float()", SUMMARY),
+    Mutant("samples: images are augmented with another's amounts", "training/augment.py",
+           "offset = (torch.rand(batch_size, generator=generator) * 2 - 1) * limit",
+           "offset = (torch.rand(1, generator=generator).expand(batch_size) * 2 - 1) * limit",
+           "test_augment.py::test_draws_are_uniform_within_their_strengths_and_repeat_with_the_seed"),
+    Mutant("samples: no augmentation", "training/feed.py",
+           "augment.apply(image, amounts[i]) if amounts else image", "image",
+           "test_augment.py::test_augmentation_changes_training_images_only"),
+    # The schedule.
+    Mutant("schedule: the first step has rate 0", "train.py",
+           "return (step + 1) / training.warmup_steps", "return step / training.warmup_steps", COSINE),
+    Mutant("schedule: min_lr is never reached", "train.py",
+           "max(1, training.steps - 1 - training.warmup_steps)", "max(1, training.steps - training.warmup_steps)",
+           COSINE),
+    Mutant("schedule: min_lr is ignored", "train.py", "floor = training.min_lr / training.lr", "floor = 0.0", COSINE),
+    Mutant("schedule: the rate rises again behind the end", "train.py", "min(1.0, progress)", "progress", COSINE),
+    Mutant("schedule: it stands still", "train.py", "        self.scheduler.step()\n", "", STEP),
+    Mutant("schedule: the rate of the next step is logged", "train.py",
+           "        self.lr = self.scheduler.get_last_lr()[0]\n        self.scheduler.step()\n",
+           "        self.scheduler.step()\n        self.lr = self.scheduler.get_last_lr()[0]\n",
+           "test_train.py::test_the_logged_learning_rate_is_the_one_used"),
+    Mutant("schedule: the backbone's rate is logged", "train.py",
+           "self.lr = self.scheduler.get_last_lr()[0]", "self.lr = self.scheduler.get_last_lr()[1]",
+           "test_train.py::test_the_logged_learning_rate_is_the_one_used"),
+    # Resuming.
+    Mutant("resume: the optimizer's state is lost", "train.py",
+           'self.optimizer.load_state_dict(state["optimizer"])', "pass", RESUMED),
+    Mutant("resume: the weights are lost", "train.py", 'self.model.load_state_dict(state["model"])', "pass", RESUMED),
+    Mutant("resume: the place in the data is lost", "train.py",
+           'state["step"], state["samples_seen"]', 'state["step"], 0', RESUMED),
+    Mutant("resume: the schedule starts over", "train.py",
+           'self.scheduler.load_state_dict(state["scheduler"])', "pass",
+           "test_resume.py::test_resume_between_log_lines_keeps_the_half_full_window"),
+    Mutant("resume: the half-full window of the log is lost", "train.py",
+           'self.window.copy_(state["window"])', "pass",
+           "test_resume.py::test_resume_between_log_lines_keeps_the_half_full_window"),
+    Mutant("resume: lines that are written again stay in metrics.jsonl", "train.py",
+           "metrics.cut_metrics(self.metrics, self.step)", "pass",
+           "test_resume.py::test_metrics_are_cut_back_to_the_checkpoint"),
+    Mutant("resume: another run's checkpoint is taken", "train.py",
+           'identity.check_unchanged(state["fingerprint"], self.fingerprint, checkpoint)', "pass",
+           "test_resume.py::test_a_changed_model_or_changed_data_is_refused[change2-words2]"),
+    Mutant("resume: another fps is not noticed", "training/identity.py",
+           'keys = ("fps", "max_offset_ms",', 'keys = ("max_offset_ms",',
+           "test_resume.py::test_a_changed_model_or_changed_data_is_refused[change1-words1]"),
+    Mutant("resume: a new learning rate is ignored", "train.py",
+           "            self._apply_learning_settings()\n", "",
+           "test_resume.py::test_another_learning_rate_counts_from_there_and_is_said"),
+    Mutant("resume: a validation that a stop left out stays out", "train.py",
+           'self.validation_due = checkpoint if state["validation_due"] else None', "self.validation_due = None",
+           "test_resume.py::test_a_validation_that_a_stop_left_out_is_made_up_for"),
+    Mutant("resume: the oldest checkpoint is the newest", "lerobot_checkpoint/directory.py",
+           "for checkpoint in reversed(list_checkpoints(output_dir)):",
+           "for checkpoint in list_checkpoints(output_dir):",
+           "test_checkpoint_directory.py::test_newest_skips_damage_and_says_so"),
+    Mutant("resume: a run without a whole checkpoint starts over", "training/run_dir.py",
+           "if newest is None and passed_over:", "if False:",
+           "test_run_dir.py::test_no_whole_checkpoint_is_no_fresh_start"),
+    # `best` and `last`.
+    Mutant("best: it is the worst", "lerobot_checkpoint/directory.py",
+           "return min(scored, key=", "return max(scored, key=", SCORES),
+    Mutant("best: the link is never made", "lerobot_checkpoint/saving.py",
+           "                link_best(output_dir)\n", "",
+           "test_train.py::test_whole_episodes_are_held_out_and_recorded"),
+    Mutant("best: no checkpoint has its score", "lerobot_checkpoint/saving.py",
+           '{"step": step, SCORE: score, ', '{"step": step, SCORE: None, ',
+           "test_train.py::test_whole_episodes_are_held_out_and_recorded"),
+    Mutant("best: a kill between the links leaves it wrong", "training/run_dir.py",
+           "        lerobot_checkpoint.link_best(output_dir)  # a kill may have come between the two links\n",
+           "        pass\n", "test_run_dir.py::test_best_is_found_again_after_a_kill_between_the_links"),
+    Mutant("best: that of an older run is lost on resume", "training/run_dir.py",
+           'if math.isfinite(state.get("best_l1", math.inf)) and', "if False and",
+           "test_run_dir.py::test_a_run_from_before_scores_keeps_its_best"),
+    Mutant("best: it is pruned", "lerobot_checkpoint/directory.py",
+           " if path.resolve() not in linked]", "]",
+           "test_checkpoint_directory.py::test_prune_never_removes_what_links_point_at"),
+    Mutant("last: it stays on the first checkpoint", "lerobot_checkpoint/saving.py",
+           '    point_link(output_dir, "last", final)\n',
+           '    (output_dir / "last").exists() or point_link(output_dir, "last", final)\n',
+           "test_train.py::test_the_checkpoint_is_the_seven_files_beside_the_training_state"),
+    # Validation and the log.
+    Mutant("validation: with dropout and latent noise", "training/validation.py",
+           "    model.eval()\n    with torch.inference_mode():\n        for first",
+           "    with torch.inference_mode():\n        for first", SPLIT),
+    Mutant("validation: the model stays in eval mode", "training/validation.py",
+           "    model.train()\n    l1_sum, n_valid", "    l1_sum, n_valid", RESUMED),
+    Mutant("validation: the first samples stand for all", "training/validation.py",
+           "[i * len(held_out) // wanted for i in range(wanted)]", "list(range(wanted))",
+           "test_validation.py::test_a_validation_samples_all_held_out_episodes"),
+    Mutant("log: losses are sums, not means", "train.py", "(self.window / self.window[4])", "(self.window / 1)",
+           "test_metrics.py::test_a_line_is_the_mean_of_the_steps_since_the_last_one"),
+    Mutant("log: the window is never emptied", "train.py", "        self.window.zero_()\n", "",
+           "test_metrics.py::test_a_line_is_the_mean_of_the_steps_since_the_last_one"),
+    Mutant("log: half a line stays on a full disk", "training/metrics.py",
+           "                file.truncate(size)\n", "                pass\n",
+           "test_metrics.py::test_a_line_that_the_disk_has_no_room_for_is_not_there_at_all"),
+    # Which episodes are for what.
+    Mutant("split: held-out episodes are trained on", "train.py",
+           "self.dataset = ChunkDataset(self.train_episodes,", "self.dataset = ChunkDataset(self.episodes,", SPLIT),
+    Mutant("split: training episodes are validated", "train.py",
+           "self.held_out_dataset = ChunkDataset(self.held_out,",
+           "self.held_out_dataset = ChunkDataset(self.train_episodes,", SPLIT),
+    Mutant("split: the seed does not count", "train.py",
+           "cfg.training.val_fraction, cfg.training.seed)", "cfg.training.val_fraction, 42)", SPLIT),
+    Mutant("split: statistics are of all episodes", "train.py",
+           "compute_stats(self.train_episodes,", "compute_stats(self.episodes,",
+           "test_train.py::test_statistics_come_from_training_episodes_only"),
+    Mutant("split: the contract names the wrong side", "training/identity.py",
+           '"held_out_episodes": [e.name for e in held_out],', '"held_out_episodes": [e.name for e in train],',
+           "test_train.py::test_whole_episodes_are_held_out_and_recorded"),
+    # Statistics.
+    Mutant("statistics: deviations between episodes are left out", "rosbag_dataset/statistics.py",
+           "shift**2 * (a[0] * b[0] / n)", "0 * shift", STATISTICS),
+    Mutant("statistics: a short episode counts like a long one", "rosbag_dataset/statistics.py",
+           "a[1] + shift * (b[0] / n)", "a[1] + shift * 0.5", STATISTICS),
+    Mutant("statistics: frames without an action count as zeros", "rosbag_dataset/statistics.py",
+           "_moments(episode.action[has_action])", "_moments(episode.action)", STATISTICS),
+    Mutant("statistics: a joint that never moves has no floor", "rosbag_dataset/statistics.py",
+           '"std": np.maximum(std, floor)', '"std": std', FLOORS),
+    Mutant("statistics: black images have no floor", "rosbag_dataset/statistics.py",
+           "np.maximum(np.sqrt(moments[2] / moments[0]), 1 / 255)", "np.sqrt(moments[2] / moments[0])", FLOORS),
+    Mutant("statistics: ImageNet's colours are reversed", "rosbag_dataset/statistics.py",
+           "(0.485, 0.456, 0.406)", "(0.406, 0.456, 0.485)", "test_statistics.py::test_imagenet_statistics"),
+    # Synchronisation.
+    Mutant("synchronisation: the farther image is shown", "rosbag_dataset/synchronisation.py",
+           "<= np.abs(times_ns[right] - ticks_ns), left, right)", "> np.abs(times_ns[right] - ticks_ns), left, right)",
+           "test_synchronisation.py::test_nearest_index"),
+    Mutant("synchronisation: of two equal stamps the earlier counts", "rosbag_dataset/synchronisation.py",
+           "np.append(joint_ns[1:] != joint_ns[:-1], True)", "np.append(True, joint_ns[1:] != joint_ns[:-1])",
+           "test_synchronisation.py::test_equal_stamps"),
+    Mutant("synchronisation: the grid starts between images", "rosbag_dataset/synchronisation.py",
+           "begin = first_camera[np.searchsorted(first_camera, begin)]", "begin = begin + 0",
+           "test_synchronisation.py::test_the_first_camera_anchors_the_grid"),
+    Mutant("synchronisation: the last frame is lost to rounding", "rosbag_dataset/synchronisation.py",
+           "/ tick_ns + 1e-6) + 1", "/ tick_ns) + 1",
+           "test_synchronisation.py::test_steady_camera_gives_each_image_once"),
+    Mutant("synchronisation: images keep the file's order", "rosbag_dataset/synchronisation.py",
+           "{c: camera_order[c][i[kept]]", "{c: i[kept]",
+           "test_synchronisation.py::test_order_in_the_file_does_not_matter[mcap]"),
+    Mutant("synchronisation: a segment lacks its first frame", "rosbag_dataset/synchronisation.py",
+           "(kept_so_far[a] - 1, kept_so_far[b - 1])", "(kept_so_far[a], kept_so_far[b - 1])",
+           "test_synchronisation.py::test_gap_drops_frames_and_cuts[camera]"),
+    Mutant("synchronisation: joints are taken as they stand in the message", "rosbag_dataset/topics.py",
+           "[names.index(n) for n in joint_names]", "list(range(len(joint_names)))",
+           "test_topics.py::test_joints_by_name_in_every_message"),
+    Mutant("synchronisation: a frame shows the image before", "rosbag_dataset/samples.py",
+           "image = episode.image_index[camera][t]", "image = episode.image_index[camera][max(0, t - 1)]",
+           "test_samples.py::test_random_access_equals_the_source"),
+    Mutant("synchronisation: bgr8 is read as rgb8", "rosbag_dataset/images.py",
+           '"bgr8": ("u1", 3, lambda a: cv2.cvtColor(a, cv2.COLOR_BGR2RGB)),', '"bgr8": ("u1", 3, lambda a: a),',
+           "test_images.py::test_raw_encodings"),
+    Mutant("synchronisation: frames of another size come from the cache", "rosbag_dataset/cache.py",
+           '        "image_resize": settings.image_resize,\n', "",
+           "test_cache.py::test_key_changes_with_what_changes_pixels_or_times"),
+    # Actions.
+    Mutant("actions: they are not unwrapped at pi", "rosbag_dataset/synchronisation.py",
+           "path[:, revolute] = np.unwrap(path[:, revolute], axis=0)", "pass", SEAM),
+    Mutant("actions: a delta over the seam is a turn", "rosbag_dataset/synchronisation.py",
+           "delta[:, revolute] = wrap_to_pi(delta[:, revolute])", "pass", SEAM),
+    Mutant("actions: -pi stays -pi", "rosbag_dataset/synchronisation.py",
+           "np.where(wrapped <= -np.pi, np.pi, wrapped)", "wrapped",
+           "test_synchronisation.py::test_wrap_to_pi_is_half_open"),
+    Mutant("actions: the delta to this frame, not to the next", "rosbag_dataset/synchronisation.py",
+           "action[start : stop - 1] = delta", "action[start + 1 : stop] = delta",
+           "test_synchronisation.py::test_deltas_integrate_to_the_states"),
+    Mutant("actions: the signs of the joints are ignored", "rosbag_dataset/synchronisation.py",
+           "return state * np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else state",
+           "return state", "test_synchronisation.py::test_joint_sign"),
+    Mutant("actions: the last frame of a segment has one", "rosbag_dataset/synchronisation.py",
+           "stop[first:last] = last - 1", "stop[first:last] = last", CHUNKS),
+    Mutant("actions: the first padded one counts", "rosbag_dataset/samples.py",
+           'batch["action_is_pad"][b, :count] = False', 'batch["action_is_pad"][b, : count + 1] = False', CHUNKS),
+    Mutant("actions: a chunk begins one frame early", "rosbag_dataset/samples.py",
+           "episode.action[t : t + count]", "episode.action[max(0, t - 1) : max(0, t - 1) + count]", SHORT),
+    # Normalisation.
+    Mutant("normalisation: another epsilon", "lerobot_checkpoint/normalisation.py", "EPS = 1e-8", "EPS = 1e-4",
+           "test_normalisation.py::test_normalizer_is_the_formula"),
+    Mutant("normalisation: actions lack their mean", "lerobot_checkpoint/normalisation.py",
+           'return action.float() * pair["std"] + pair["mean"]', 'return action.float() * pair["std"]',
+           "test_normalisation.py::test_normalizer_is_the_formula"),
+    Mutant("normalisation: a negative deviation is taken", "lerobot_checkpoint/normalisation.py",
+           ' or (name == "std" and (value < 0).any())', "",
+           "test_normalisation.py::test_broken_statistics_are_refused"),
+    Mutant("normalisation: two that contradict each other are taken", "lerobot_checkpoint/lerobot_reading.py",
+           "if not all(np.array_equal(pair[name], stats[key][name]) for name in pair):", "if False:",
+           "test_loading.py::test_load_policy_refuses"),
+    Mutant("normalisation: none at all is taken", "lerobot_checkpoint/lerobot_reading.py",
+           "    if not sources:\n        raise CheckpointError(", "    if not sources:\n        return {}\n        (",
+           "test_loading.py::test_no_normalisation_is_refused"),
+    # Checkpoints.
+    Mutant("checkpoint: a changed file is not noticed", "lerobot_checkpoint/directory.py",
+           "if file_sha256(checkpoint / name) != sha256:", "if False:",
+           "test_checkpoint_directory.py::test_verify_names_the_damaged_file"),
+    Mutant("checkpoint: another step's name is not noticed", "lerobot_checkpoint/directory.py",
+           "if match and int(match[1]) != step:", "if False:",
+           "test_checkpoint_directory.py::test_verify_knows_which_step_it_is"),
+    Mutant("checkpoint: weights are saved while they change", "lerobot_checkpoint/saving.py",
+           'value.detach().to("cpu", copy=True)', 'value.detach().to("cpu")',
+           "test_resume.py::test_training_goes_on_while_a_checkpoint_is_written"),
+    Mutant("checkpoint: an error of the background save is lost", "lerobot_checkpoint/saving.py",
+           "                    self._error = error\n", "                    pass\n",
+           "test_run_dir.py::test_a_save_that_fails_stops_or_goes_on_as_asked[stop]"),
+    Mutant("checkpoint: a whole one is removed after a kill", "lerobot_checkpoint/directory.py",
+           "                os.rename(old, current)\n", "                shutil.rmtree(old)\n",
+           "test_checkpoint_directory.py::test_leftovers_are_cleaned"),
+    Mutant("checkpoint: LeRobot gets the cameras in another order", "lerobot_checkpoint/lerobot_writing.py",
+           "    for camera in config.cameras:\n        features",
+           "    for camera in sorted(config.cameras):\n        features",
+           "test_lerobot_files.py::test_config_json_is_lerobot_032s"),
+    Mutant("checkpoint: two runs write into one directory", "training/run_dir.py",
+           "fcntl.lockf(_output_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+           "test_run_dir.py::test_two_runs_in_one_output_directory_are_refused"),
+    # The runner.
+    Mutant("runner: the first action is executed twice", "deploy/ur10e_deploy/policy_runner.py",
+           "self._queue.extend(chunk[1 : self.n_action_steps])", "self._queue.extend(chunk[: self.n_action_steps])",
+           f"{MODES}[None-4-native]"),
+    Mutant("runner: the checkpoint's ensembling is ignored", "deploy/ur10e_deploy/policy_runner.py",
+           "TemporalEnsembler(self.ensemble_m)", "TemporalEnsembler()", f"{MODES}[0.3-1-native]"),
+    Mutant("runner: the newest prediction counts most", "act_model.py",
+           "weight = torch.exp(-self.m * self.count)", "weight = torch.exp(self.m * self.count)",
+           "test_act_model.py::test_ensembler_is_the_offline_weighted_mean"),
+    Mutant("runner: joints are not wrapped as in training", "deploy/ur10e_deploy/policy_runner.py",
+           "return self.contract.wrap(state.astype(np.float32))", "return state.astype(np.float32)",
+           "test_deploy_policy.py::test_angles_are_wrapped_as_in_training"),
+    Mutant("runner: images are a little too dark", "deploy/ur10e_deploy/policy_runner.py",
+           "pixels.permute(2, 0, 1)[None].float() / 255", "pixels.permute(2, 0, 1)[None].float() / 256",
+           "test_deploy_policy.py::test_the_network_is_the_one_in_the_checkpoint"),
+    Mutant("runner: images are resized in another way than in training", "rosbag_dataset/images.py",
+           "cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)", "cv2.INTER_LINEAR)",
+           "test_images.py::test_resize_is_that_of_opencv"),
+    Mutant("runner: NaN reaches the robot", "deploy/ur10e_deploy/policy_runner.py",
+           "        if not np.isfinite(chunk).all():\n", "        if False:\n",
+           "test_deploy_policy.py::test_actions_that_are_not_finite_never_come_out"),
+    Mutant("runner: a LeRobot that normalises twice is taken", "deploy/ur10e_deploy/policy_runner.py",
+           "if not sigma <= SAME_ACTIONS_SIGMA:", "if False:",
+           "test_deploy_policy.py::test_a_lerobot_that_normalises_otherwise_is_refused"),
+    Mutant("runner: the robot's signs are forgotten on the way out", "deploy/ur10e_deploy/config.py",
+           "return action * np.asarray(self.joint_sign, action.dtype)", "return action",
+           "test_deploy_policy.py::test_the_doors_to_the_robots_own_convention"),
+    Mutant("runner: percentiles that nobody has measured", "deploy/ur10e_deploy/policy_runner.py",
+           'method="higher"', 'method="lower"', PERCENTILES),
+    Mutant("runner: real-time on average is real-time", "deploy/ur10e_deploy/policy_runner.py",
+           'p99 = inference["p99_ms"]', 'p99 = inference["p50_ms"]', PERCENTILES),
+]  # fmt: skip
+
+
+def places(mutant: Mutant, root: Path = ROOT) -> int:
+    """How often the mutant's text stands in its file."""
+    path = root / mutant.file
+    return path.read_text().count(mutant.text) if path.exists() else 0
+
+
+def copy_tree(to: Path) -> None:
+    """Every file of the working tree that git knows or would take, and no link, which may lead to shared packages."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        path = ROOT / name
+        if name and path.is_file() and not path.is_symlink():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to / name)
+
+
+def environment(tree: Path) -> dict[str, str]:
+    """In which the modules of `tree` are found before those of any checkout that is installed."""
+    from tests.lerobot_044.launch import PYTHON
+
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "deploy"))),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LEROBOT_044_PYTHON": str(PYTHON),
+    }
+
+
+def run_tests(tree: Path, tests: list[str], bags: Path | None = None) -> tuple[int, str]:
+    """Run tests on a copy; -> (pytest's exit code, the end of what it said).
+
+    The sample bags are copied from `bags`, if it is given, and otherwise recorded in TREE/.tmp/sample/bags, which takes
+    longer than most tests.
+    """
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", f"--timeout={LIMIT_S}"]
+    command += ["--basetemp", str(tree / ".tmp"), *(f"tests/{test}" for test in tests)]
+    env = environment(tree) | ({"SAMPLE_BAGS": str(bags)} if bags else {})
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr)[-2000:]
+
+
+def check_copy(tree: Path) -> None:
+    """See that a copy's own modules are imported: a bug planted in each of them is met. Raises SystemExit."""
+    for name in ("train", "act_model", "training", "rosbag_dataset", "lerobot_checkpoint", "ur10e_deploy"):
+        folder = tree / ("deploy" if name == "ur10e_deploy" else "") / name
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        content = file.read_text()
+        file.write_text(f"raise SystemExit('canary of {name}')\n")
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tree.parent, env=environment(tree),
+                              capture_output=True, text=True)  # fmt: skip
+        file.write_text(content)
+        if f"canary of {name}" not in done.stderr:
+            sys.exit(f"error: the copy's {name} is not the one that is imported; run in another environment")
+
+
+def try_mutant(mutant: Mutant, clean: Path, bags: Path) -> tuple[str, float, str]:
+    """Plant one bug in a copy of `clean` and run its test; -> (verdict, seconds, what pytest said)."""
+    began_s = time.monotonic()
+    if places(mutant, clean) != 1:
+        return NOT_APPLICABLE, 0.0, f"{mutant.file} has its text {places(mutant, clean)} times, expected once"
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(clean, tree)
+        path = tree / mutant.file
+        path.write_text(path.read_text().replace(mutant.text, mutant.planted))
+        code, said = run_tests(tree, [mutant.test], bags if bags.exists() else None)
+    verdict = {0: SURVIVED, 1: KILLED}.get(code, NOT_APPLICABLE)  # others: no such test, or it could not start
+    return verdict, time.monotonic() - began_s, said
+
+
+def page(rows: list[tuple[Mutant, str, float]], commit: str) -> str:
+    """The table as a page of the documentation."""
+    killed = sum(verdict == KILLED for _, verdict, _ in rows)
+    lines = [
+        "# Bugs that were planted, and the tests that noticed",
+        "",
+        f"{killed} of {len(rows)} were noticed, at commit {commit}, by `python -m tests.mutants --output "
+        "docs/mutants.md`, which",
+        "plants each bug in a copy of the code and runs the one test that is named for it. `tests/mutants.py` has the",
+        "changed lines; a test that it names passes on the code as it is.",
+        "",
+        "| Area | What is wrong | In | Test | |",
+        "|---|---|---|---|---|",
+    ]
+    for mutant, verdict, seconds in rows:
+        area, what = mutant.name.split(": ", 1)
+        lines.append(f"| {area} | {what} | `{mutant.file}` | `{mutant.test}` | {verdict}, {seconds:.0f} s |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plant bugs, one at a time; see that the tests named for them fail.")
+    parser.add_argument("--only", default="", help="those whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once")
+    parser.add_argument("--output", type=Path, help="write the table there, as a page in Markdown")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if args.only in mutant.name]
+    if not chosen:
+        parser.error(f"--only {args.only}: in no mutant's name")
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = head.strip() + (" with uncommitted changes" if changed else "")
+    rows: list[tuple[Mutant, str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(args.jobs) as pool:
+        clean = Path(folder) / "clean"
+        copy_tree(clean)
+        check_copy(clean)
+        tests = sorted({mutant.test for mutant in chosen})
+        code, said = run_tests(clean, tests)
+        if code:
+            sys.exit(f"error: a named test fails on the code as it is:\n{said}")
+        bags = clean.with_name("bags")
+        if (clean / ".tmp/sample/bags").exists():
+            (clean / ".tmp/sample/bags").rename(bags)
+        shutil.rmtree(clean / ".tmp", ignore_errors=True)
+        print(f"{len(tests)} tests pass on the code as it is", flush=True)
+        results = pool.map(lambda mutant: try_mutant(mutant, clean, bags), chosen)
+        for mutant, (verdict, seconds, said) in zip(chosen, results, strict=True):
+            rows.append((mutant, verdict, seconds))
+            print(f"{verdict:<14} {seconds:5.0f} s  {mutant.name}", flush=True)
+            if verdict == NOT_APPLICABLE:
+                print(said, file=sys.stderr, flush=True)
+    if args.output:
+        args.output.write_text(page(rows, commit))
+    survived = [mutant.name for mutant, verdict, _ in rows if verdict != KILLED]
+    print(f"{len(rows) - len(survived)} of {len(rows)} killed" + "".join(f"\n  not killed: {n}" for n in survived))
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
