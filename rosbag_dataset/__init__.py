@@ -33,7 +33,7 @@ from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
 from .settings import UR_JOINTS, BagSettings, settings_from
 from .statistics import angle_references, compute_stats
-from .synchronisation import Episode, refer_angles, synchronise, wrap_to_pi
+from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "find_bags",
     "load_entry",
     "load_episodes",
+    "no_motion",
     "open_pixels",
     "read_bag",
     "refer_angles",

@@ -223,6 +223,21 @@ def wrap_to_pi(angle_rad: np.ndarray, reference_rad: np.ndarray | float = 0.0) -
     return angle_rad - 2 * np.pi * turns
 
 
+def no_motion(state_rad: np.ndarray, recorded: np.ndarray, wrapped: np.ndarray, action_mode: str) -> np.ndarray:
+    """What a policy must beat: actions (N, J) float32 that keep the joints where they are.
+
+    Args:
+        state_rad: (N, J), where they are.
+        recorded: (N, J), the recorded actions. Absolute ones are not wrapped, states are: the answer is on their turn.
+        wrapped: (J,) bool, which joints' states are wrapped.
+        action_mode: of the recorded actions; the first relative one of a chunk is a delta.
+    """
+    if action_mode != "absolute":
+        return np.zeros_like(recorded, np.float32)
+    away = recorded - state_rad
+    return (recorded - np.where(wrapped, wrap_to_pi(away), away)).astype(np.float32)
+
+
 def _resample_joints(
     joint_ns: np.ndarray, joint_rad: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings
 ) -> tuple[np.ndarray, np.ndarray]:

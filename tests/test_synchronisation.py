@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rosbag_dataset import ChunkDataset, load_episodes, open_pixels, sync_table, synchronise, wrap_to_pi
+from rosbag_dataset import ChunkDataset, load_episodes, no_motion, open_pixels, sync_table, synchronise, wrap_to_pi
 from rosbag_dataset.synchronisation import nearest_index
 from tests.bags import (
     CAMERA_TOPIC,
@@ -311,6 +311,15 @@ def test_absolute_is_the_next_state():
     """Where nothing wraps, action[t] is state[t+1] to the bit."""
     episode = sync(make_take(seconds=2.0), action_mode="absolute", wrap_angles=False)
     np.testing.assert_array_equal(episode.action[:-1], episode.state[1:])
+
+
+def test_no_motion_stays_on_the_turn_of_the_recorded_action():
+    """A joint at -3 rad whose recorded action is 3.3 rad stays at -3 + 2 pi; a gripper that opens by 5 is no angle."""
+    state, recorded = np.array([[-3.0, 0.5, 80.0]], np.float32), np.array([[3.3, 0.6, 85.0]], np.float32)
+    stays = no_motion(state, recorded, np.array([True, True, False]), "absolute")
+    np.testing.assert_allclose(stays, [[2 * np.pi - 3, 0.5, 80]], rtol=1e-6)
+    assert stays.dtype == np.float32
+    assert (no_motion(state, recorded, np.array([True, True, False]), "delta") == 0).all()
 
 
 # -- the sync report ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rosbag_dataset import ChunkDataset, Episode, sync_table
+from rosbag_dataset import ChunkDataset, Episode, no_motion, sync_table
 
 from .metrics import METRICS, Watch, metrics_lines, read_metrics
 
@@ -38,15 +38,6 @@ def first_actions(episode: Episode, chunk_size: int, predict: Predict) -> tuple[
             batch = dataset.__getitems__(range(first, min(first + 16, len(dataset))))
             predicted.append(predict(batch)[:, 0].float().cpu().numpy())
     return frames, np.concatenate(predicted), episode.action[frames]
-
-
-def baselines(episode: Episode, frames: np.ndarray, action_mean: np.ndarray, action_mode: str) -> dict[str, np.ndarray]:
-    """The two dumb policies to beat, as (N, J) actions in rad: stay where you are, and the training data's mean."""
-    still = np.zeros_like(episode.action[frames])
-    if action_mode == "absolute":  # the state on the turn that the recorded action is on: the one is wrapped
-        state = episode.state[frames]
-        still = state + 2 * np.pi * np.round((episode.action[frames] - state) / (2 * np.pi))
-    return {"no motion": still, "mean action": np.broadcast_to(action_mean, still.shape)}
 
 
 def draw(
@@ -175,6 +166,7 @@ def finish(
         What summary.json holds.
     """
     joint_names, action_mode = contract["joint_names"], contract["action_mode"]
+    wrapped = np.array(contract["revolute"]) & contract["wrap_angles"]
     reports = [episode.sync_report for episode in (*train, *held_out)]
     facts = {
         "trained": trained,
@@ -188,7 +180,11 @@ def finish(
     for episode in episodes:
         frames, predicted, recorded = first_actions(episode, chunk_size, predict)
         shown = shown or (episode, frames, predicted, recorded)
-        policies = {"policy": predicted, **baselines(episode, frames, action_mean, action_mode)}
+        policies = {  # the last two are dumb: stay where you are, and the training data's mean
+            "policy": predicted,
+            "no motion": no_motion(episode.state[frames], recorded, wrapped, action_mode),
+            "mean action": action_mean,
+        }
         for name, action in policies.items():
             errors.setdefault(name, []).append(np.abs(action - recorded))
     assert shown is not None  # compute_stats has refused data in which no episode has an action

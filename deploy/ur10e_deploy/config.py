@@ -90,7 +90,8 @@ class RobotContract:
         return [name.removesuffix("_joint") for name in self.joint_names]
 
     @property
-    def _wrapped(self) -> np.ndarray:
+    def wrapped(self) -> np.ndarray:
+        """(J,) bool: the joints whose angles are wrapped."""
         return np.array(self.revolute) & self.wrap_angles
 
     def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
@@ -100,11 +101,11 @@ class RobotContract:
         """
         reference = np.array(self.angle_reference_rad)
         outside = np.abs(angle_rad - reference) > np.pi + FLOAT32_ROUNDING_RAD
-        return np.where(outside & self._wrapped, wrap_to_pi(angle_rad, reference), angle_rad)
+        return np.where(outside & self.wrapped, wrap_to_pi(angle_rad, reference), angle_rad)
 
     def difference(self, a_rad: np.ndarray, b_rad: np.ndarray) -> np.ndarray:
         """(..., J) a - b; for wrapped joints the shortest way around."""
-        return np.where(self._wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
+        return np.where(self.wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
 
     def beside(self, action: np.ndarray, other_rad: np.ndarray) -> np.ndarray:
         """Actions (..., J) on the turn nearest to `other_rad`: whole turns are added to wrapped joints' positions.
@@ -113,7 +114,7 @@ class RobotContract:
         """
         if self.action_kind == "delta":
             return action
-        turns = np.round((other_rad - action) / (2 * np.pi)) * self._wrapped
+        turns = np.round((other_rad - action) / (2 * np.pi)) * self.wrapped
         return np.where(turns == 0, action, action + 2 * np.pi * turns)
 
     def state_from_robot(self, names: Sequence[str], position_rad: Sequence[float]) -> np.ndarray:
@@ -167,7 +168,7 @@ class RobotContract:
         if self.action_kind == "delta":
             target = last_command_rad + action
         else:
-            target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self._wrapped
+            target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self.wrapped
             target = np.where(target > high, target - turn, np.where(target < low, target + turn, target))
         return target
 

@@ -19,6 +19,7 @@ import torch
 
 from act_model import ACTION
 from lerobot_checkpoint import PRETRAINED_DIR, WEIGHTS_FILE, file_sha256
+from rosbag_dataset import no_motion
 
 from . import report
 from .checks import EvalError
@@ -32,16 +33,6 @@ DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of s
 RESULT_FILE = re.compile(
     r"report\.html|summary\.json|overview\.png|all_episodes\.parquet|episode_\d+(_rollout)?\.(parquet|png)"
 )
-
-
-def no_motion(result: EpisodeResult, contract: RobotContract) -> np.ndarray:
-    """Actions (N, J) that keep the arm where it is: zero deltas, or its present position.
-
-    The state is wrapped and absolute actions are not, so the position is given on the turn of the recorded action.
-    """
-    if contract.action_kind == "delta":
-        return np.zeros_like(result.recorded)
-    return contract.beside(result.state_rad, result.recorded).astype(np.float32)
 
 
 def errors(predicted: np.ndarray, recorded: np.ndarray, joints: Sequence[str]) -> dict[str, Any]:
@@ -245,7 +236,9 @@ def summarise(
         recorded = np.concatenate([r.recorded for r in of])
         policies = {
             "policy": np.concatenate([r.predicted for r in of]),
-            "no motion": np.concatenate([no_motion(r, contract) for r in of]),
+            "no motion": np.concatenate(
+                [no_motion(r.state_rad, r.recorded, contract.wrapped, contract.action_kind) for r in of]
+            ),
             "mean action": np.broadcast_to(mean_action, recorded.shape),
         }
         return {name: errors(action, recorded, names) for name, action in policies.items()}
