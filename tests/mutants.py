@@ -253,7 +253,7 @@ MUTANTS = [
            "test_synchronisation.py::test_steady_camera_gives_each_image_once"),
     Mutant("synchronisation: images keep the file's order", "rosbag_dataset/synchronisation.py",
            "{c: camera_order[c][i[kept]]", "{c: i[kept]",
-           "test_synchronisation.py::test_order_in_the_file_does_not_matter[mcap]"),
+           "test_synchronisation.py::test_order_in_the_file_does_not_matter[sqlite3]"),
     Mutant("synchronisation: a segment lacks its first frame", "rosbag_dataset/synchronisation.py",
            "(kept_so_far[a] - 1, kept_so_far[b - 1])", "(kept_so_far[a], kept_so_far[b - 1])",
            "test_synchronisation.py::test_gap_drops_frames_and_cuts[camera]"),
@@ -389,14 +389,15 @@ def environment(tree: Path) -> dict[str, str]:
     }
 
 
-def run_tests(tree: Path, tests: list[str], bags: Path | None = None) -> tuple[int, str]:
-    """Run tests on a copy; -> (pytest's exit code, the end of what it said).
+def run_tests(tree: Path, tests: list[str], jobs: int = 0, bags: Path | None = None) -> tuple[int, str]:
+    """Run tests on a copy, in `jobs` processes beside pytest's own; -> (its exit code, the end of what it said).
 
     The sample bags are copied from `bags`, if it is given, and otherwise recorded in TREE/.tmp/sample/bags, which takes
     longer than most tests.
     """
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", f"--timeout={LIMIT_S}"]
-    command += ["--basetemp", str(tree / ".tmp"), *(f"tests/{test}" for test in tests)]
+    command = [sys.executable, "-m", "pytest", "-n", str(jobs), "--dist", "loadfile", "-x", "-q"]
+    command += ["-p", "no:cacheprovider", f"--timeout={LIMIT_S}", "--basetemp", str(tree / ".tmp")]
+    command += [f"tests/{test}" for test in tests]
     env = environment(tree) | ({"SAMPLE_BAGS": str(bags)} if bags else {})
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     return done.returncode, (done.stdout + done.stderr)[-2000:]
@@ -426,7 +427,7 @@ def try_mutant(mutant: Mutant, clean: Path, bags: Path) -> tuple[str, float, str
         shutil.copytree(clean, tree)
         path = tree / mutant.file
         path.write_text(path.read_text().replace(mutant.text, mutant.planted))
-        code, said = run_tests(tree, [mutant.test], bags if bags.exists() else None)
+        code, said = run_tests(tree, [mutant.test], bags=bags if bags.exists() else None)
     verdict = {0: SURVIVED, 1: KILLED}.get(code, NOT_APPLICABLE)  # others: no such test, or it could not start
     return verdict, time.monotonic() - began_s, said
 
@@ -469,7 +470,7 @@ def main() -> int:
         copy_tree(clean)
         check_copy(clean)
         tests = sorted({mutant.test for mutant in chosen})
-        code, said = run_tests(clean, tests)
+        code, said = run_tests(clean, tests, args.jobs)
         if code:
             sys.exit(f"error: a named test fails on the code as it is:\n{said}")
         bags = clean.with_name("bags")
