@@ -118,7 +118,7 @@ def success_text(of):
     """A success rate in words: 94 % (47 of 50; 95 % interval 84 to 98 %)."""
     low, high = of["wilson_95"]
     share = f"{of['successes']} of {of['episodes']}; 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
-    return f"{100 * of['success_rate']:.0f} % ({share})"
+    return f"{100 * of['success_rate']:.3g} % ({share})"  # 199 of 200 is not 100 %
 
 
 def table_rows(summary):
@@ -139,7 +139,7 @@ def claims(summary):
         ),
         (
             best[1]["success_rate"] <= BLIND_SUCCESS,
-            f"without the right image at most {100 * best[1]['success_rate']:.0f} % ({best[0]}, "
+            f"without the right image at most {100 * best[1]['success_rate']:.3g} % ({best[0]}, "
             f"{best[1]['successes']} of {best[1]['episodes']})",
         ),
     ]

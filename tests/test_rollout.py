@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from ur10e_deploy.policy_runner import PolicyRunner, step_together
 from ur10e_deploy.sources import BagSource
-from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
+from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics, link_frames, tool_tip
 
 from sim import rollout, rollout_pictures
 from sim.closed_loop import GREY, MEAN_BLOCK, OTHER
 from sim.expert import random_episode
 from sim.record import CAMERA_LATENCY_S, plan_episode
-from sim.rollout_measures import depths, measure, stalled_s, wilson
+from sim.rollout_measures import LINK_RADIUS_M, depths, measure, stalled_s, wilson
 from sim.scene import Renderer
 from sim.world import HELD_S, IMAGE_AGE_S, PERTURBATIONS, Conditions, World, goal_m, judge
 from tests.policies import (
@@ -88,16 +88,18 @@ def test_a_recording_replayed_as_commands_gives_its_frames_and_states(trained: P
 
 
 def test_the_same_numbers_are_the_same_episode():
-    """reset() forgets everything; the image of the start is that of an arm that was always there."""
-    world = World(3, 7, *SIZE, conditions=Conditions(image_noise=10, camera_shift_m=0.02))
-    first = world.observe()
-    follow(world, world.expert.position(np.arange(30) / 30))
+    """reset() forgets everything, also the pose that the image still shows; noise is drawn anew in the same way."""
+    world = World(3, 7, *SIZE, conditions=Conditions(image_noise=10, camera_shift_m=0.02, lag_s=0.05))
+    path = world.expert.position(np.arange(30) / 30)
+    first = [world.observe(), follow(world, path).observe()]
     world.reset(3, 8)
+    follow(world, path)
     world.reset(3, 7)
-    again = world.observe()
-    np.testing.assert_array_equal(first[0], again[0])
-    np.testing.assert_array_equal(first[1], again[1])
     assert world.time_s == 0 and len(world.path_rad) == 1
+    again = [world.observe(), follow(world, path).observe()]
+    for (state, image), (same_state, same_image) in zip(first, again, strict=True):
+        np.testing.assert_array_equal(state, same_state)
+        np.testing.assert_array_equal(image, same_image)
 
 
 def test_an_ideal_arm_is_where_it_was_told_and_a_lagging_one_is_first_order():
@@ -218,6 +220,9 @@ def test_entering_block_and_table_is_measured_in_metres():
     )
     in_block, in_table = depths(scene, np.array(beside.path_rad))
     assert in_table[-1] == pytest.approx(0.02, abs=1e-6) and in_block[-1] == 0
+    down = np.array([0.0, 0.5, -1.2, 1.0, -1.5, 0.0])  # the elbow below the table, the finger in the air
+    in_block, in_table = depths(scene, down[None])
+    assert tool_tip(down)[2] > 0.1 and in_table[0] == pytest.approx(LINK_RADIUS_M - link_frames(down)[2, 2, 3])
     follow(world, world.expert.position(np.arange(180) / 30))
     row = measure(world)
     assert max(row["depth_in_block_m"], row["depth_in_table_m"]) < 1e-9
