@@ -4,6 +4,10 @@ Knows: PolicyRunner, worlds by the dozen, the baselines that must fail.
 Must not know: the success criterion (world.py), what is measured, files, the command line.
 """
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.policy_runner import step_together
@@ -13,7 +17,9 @@ from sim.expert import Expert
 from sim.scene import BLOCK_HIGH_M, BLOCK_LOW_M
 from sim.world import TIMEOUT_S
 
-TOGETHER = 50  # episodes that run side by side and share inferences
+TOGETHER = 25  # episodes that run side by side and share inferences
+# Groups of episodes at a time: while one infers, another renders. More would wait for each other's Python code.
+THREADS = min(3, os.cpu_count() or 1)
 # Runs: the policy's own, and the baselines.
 POLICY, MEAN_BLOCK, GREY, OTHER = "policy", "mean block position", "grey image", "another episode's image"
 GREY_LEVEL = 128
@@ -82,9 +88,11 @@ class MeanBlockDriver:
         return [e.position(w.time_s + 1 / w.control_hz) for e, w in zip(self._experts, worlds, strict=True)]
 
 
-def roll_out(worlds, driver, timeout_s=TIMEOUT_S, bar=None):
-    """Run every world from its start to the timeout, under one driver."""
+def roll_out(worlds, driver, timeout_s=TIMEOUT_S, bar=None, stop=None):
+    """Run every world from its start to the timeout, or until the event `stop`, under one driver."""
     for _ in range(round(timeout_s * worlds[0].control_hz)):
+        if stop is not None and stop.is_set():
+            return
         for world, command_rad in zip(worlds, driver.commands(worlds), strict=True):
             world.command(command_rad)
         if bar is not None:
@@ -111,16 +119,25 @@ class Runs:
 
     def run(self, name, episodes, conditions, make_driver):
         """Run `episodes` under `conditions`; make_driver is called with the worlds of each group and its offset."""
-        self.worlds[name], inferred = [], []
         if self._bar is not None:
             self._bar.set_description(name)
-        for first in range(0, len(episodes), TOGETHER):
+        stop = threading.Event()
+
+        def run_group(first):
             group = [self._make_world(episode, conditions) for episode in episodes[first : first + TOGETHER]]
             driver = make_driver(group, first)
-            roll_out(group, driver, self._timeout_s, self._bar)
-            self.worlds[name] += group
-            inferred.append(np.array(driver.inferred).T)
-        self.inferred[name] = np.concatenate(inferred)
+            roll_out(group, driver, self._timeout_s, self._bar, stop)
+            return group, np.array(driver.inferred).T
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            try:
+                groups = list(pool.map(run_group, range(0, len(episodes), TOGETHER)))
+            except BaseException:  # Ctrl-C, too: the other groups end at their next step
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        self.worlds[name] = [world for group, _ in groups for world in group]
+        self.inferred[name] = np.concatenate([inferred for _, inferred in groups])
 
     def policy(self, name, episodes, conditions):
         """The policy itself."""

@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from ur10e_deploy.checks import EvalError
 from ur10e_deploy.config import PolicyError
@@ -50,6 +51,7 @@ def evaluate(args):
     """
     began_s = time.perf_counter()
     check_arguments(args)
+    torch.set_num_threads(1)  # groups of episodes are the parallelism; PyTorch's own threads would wait for each other
     output = report.open_output(args.output)
     runner = PolicyRunner(
         args.checkpoint,

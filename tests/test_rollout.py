@@ -366,10 +366,19 @@ def test_an_evaluation_holds_its_baselines_and_can_be_looked_at(trained_absolute
     assert page.count("base64,") == 3 and "0 % (0 of 3; 95 % interval 0 to 56 %)" in page and "http" not in page
 
 
-def test_a_gate_that_is_met_exits_0_and_an_earlier_result_is_written_over(trained: Path, tmp_path: Path, capsys):
-    out = tmp_path / "out"
-    for _ in range(2):
-        assert roll(trained, out, "--timeout-s", "0.2", "--min-success", "0", "--no-pictures") == 0
+def test_a_gate_that_is_met_exits_0_and_an_earlier_result_is_written_over(
+    trained: Path, tmp_path: Path, capsys, monkeypatch
+):
+    """And groups of episodes that run at the same time give, in order, what one group gives."""
+    out, ends_m = tmp_path / "out", []
+    for together in (25, 2):
+        monkeypatch.setattr("sim.closed_loop.TOGETHER", together)
+        assert roll(trained, out, "--timeout-s", "0.5", "--min-success", "0", "--no-pictures") == 0
+        found = json.loads((out / "rollouts.json").read_text())
+        runs = [found["episodes"], *found["other_episodes"].values()]
+        assert [[row["episode"] for row in rows] for rows in runs] == [[0, 1, 2]] * 4
+        ends_m.append([[row["end_x_m"], row["end_y_m"], row["end_z_m"]] for rows in runs for row in rows])
+    np.testing.assert_allclose(*ends_m, rtol=0, atol=1e-5)
     assert {path.name for path in out.iterdir()} == {"rollouts.json", "steps.parquet", "report.html"}
     assert "replaced the roll-outs" in capsys.readouterr().out
     (out / "mine.txt").touch()
