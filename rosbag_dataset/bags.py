@@ -106,25 +106,30 @@ def _episode_name(path: Path, bag_dir: Path) -> str:
     return relative.as_posix() if relative.parts else bag_dir.resolve().name
 
 
-def _load_yaml(text: str) -> Any:
-    """yaml.load, after a look at a text that could be deep enough to crash libyaml, or that multiplies by aliases.
+class _MetadataLoader(FAST_YAML):
+    """Without merge keys (<<), which rosbag2 does not write: some lines of them multiply to gigabytes."""
 
-    rosbag2 writes six levels. A text with few brackets, dashes and question marks cannot be deep; walking through the
-    events costs half as much as loading does, and is left out for it. An alias is harmless (Python's own writer makes
-    some of values that repeat), unless mappings are merged from it (`<<`), which copies.
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge nothing; a merge key is then an error of YAML's."""
+
+
+def _load_yaml(text: str) -> Any:
+    """yaml.load, after a look at a text that could be deep enough to crash libyaml; rosbag2 writes six levels.
+
+    A text with few brackets, dashes and question marks cannot be deep; walking through the events costs half as much as
+    loading does, and is left out for it.
 
     Raises:
-        ValueError: it is more than 100 levels deep, or merges aliases.
+        ValueError: it is more than 100 levels deep.
+        yaml.YAMLError: it is no YAML, or has merge keys.
     """
-    if ("&" in text and "<<" in text) or sum(map(text.count, "[{-?")) > 1000:
+    if sum(map(text.count, "[{-?")) > 1000:
         depth = 0
         for event in yaml.parse(text, Loader=FAST_YAML):
-            if isinstance(event, yaml.AliasEvent) and "<<" in text:
-                raise ValueError("it merges aliases")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 100:
                 raise ValueError("it is more than 100 levels deep")
-    return yaml.load(text, Loader=FAST_YAML)
+    return yaml.load(text, Loader=_MetadataLoader)
 
 
 def _bag_folder(path: Path, name: str) -> Bag:
