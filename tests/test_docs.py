@@ -68,7 +68,7 @@ def test_the_readme_is_short():
 
 def test_the_picture_and_the_two_commands_come_first():
     first_screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:25])
-    assert all(wanted in first_screen for wanted in ("](docs/demo.png)", "make demo", "make test"))
+    assert all(wanted in first_screen for wanted in ("](docs/demo.gif)", "make demo", "make test"))
 
 
 @each_page

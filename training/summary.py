@@ -48,6 +48,7 @@ def draw(
     recorded: np.ndarray,
     joint_names: Sequence[str],
     fps: float,
+    unit: str,
     title: str,
 ) -> str:
     """Draw the picture; returns what to say instead of a path when matplotlib is not installed."""
@@ -84,12 +85,12 @@ def draw(
 
     for j, name in enumerate(joint_names):
         axes = figure.add_subplot(grid[1 + j // 3, 2 * (j % 3) : 2 * (j % 3) + 2])
-        axes.plot(seconds, recorded[:, j] * 1e3, label="recorded", color="0.3", linewidth=1.8)
-        axes.plot(seconds, predicted[:, j] * 1e3, label="predicted", color="tab:orange", linewidth=1.2)
+        axes.plot(seconds, recorded[:, j], label="recorded", color="0.3", linewidth=1.8)
+        axes.plot(seconds, predicted[:, j], label="predicted", color="tab:orange", linewidth=1.2)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
         if j % 3 == 0:
-            axes.set_ylabel("action, mrad per frame")
+            axes.set_ylabel(f"action, {unit}")
         if j + 3 >= len(joint_names):
             axes.set_xlabel("s")
         if j == 0:
@@ -114,8 +115,7 @@ def print_opening(
     if passes < FEW_PASSES:
         print(
             f"note: {training.steps} steps are {passes:.1f} passes over the data, {training.steps * effective_batch} "
-            "samples; LeRobot's guide trains ACT on 240,000 to 1,280,000 samples: raise training.steps for a policy "
-            "that does its task"
+            "samples; LeRobot's guide trains ACT on 240,000 to 1,280,000 samples: for a real task raise training.steps"
         )
     if step >= training.steps:
         print(f"nothing left to train: the run is at step {step}, training.steps is {training.steps}")
@@ -196,7 +196,7 @@ def finish(
     which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
     unit = "rad per frame" if action_mode == "delta" else "rad"
     picture = draw(
-        output_dir / "summary.png", *shown, joint_names, contract["fps"],
+        output_dir / "summary.png", *shown, joint_names, contract["fps"], unit,
         f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}",
     )  # fmt: skip
     summary = {
