@@ -148,6 +148,7 @@ def synchronise(
         },
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
         "still_share": _still_share(joint_ns, joint_rad),
+        "rest_at_start_s": _rest_at_start_s(path, settings.fps),
     }
     episode = Episode(
         name, ticks[kept], state.astype(np.float32), _actions(state, path, segments, settings).astype(np.float32),
@@ -215,6 +216,13 @@ def _still_share(joint_ns: np.ndarray, joint_rad: np.ndarray) -> float:
     speed = np.abs(np.diff(joint_rad, axis=0)).max(axis=1) / (np.diff(joint_ns) / 1e9) if len(joint_ns) > 1 else [0.0]
     step_s = np.diff(joint_ns) / 1e9 if len(joint_ns) > 1 else [1.0]
     return round(float(np.average(np.asarray(speed) < STILL_RAD_PER_S, weights=step_s)), 3)
+
+
+def _rest_at_start_s(path_rad: np.ndarray, fps: float) -> float:
+    """How long the joints (T, J) stay still, slower than STILL_RAD_PER_S, from the first frame on."""
+    speed = np.abs(np.diff(path_rad, axis=0)).max(axis=1, initial=0.0) * fps
+    moving = np.flatnonzero(speed >= STILL_RAD_PER_S)
+    return round(int(moving[0] if len(moving) else len(speed)) / fps, 3)
 
 
 def wrap_to_pi(angle_rad: np.ndarray, reference_rad: np.ndarray | float = 0.0) -> np.ndarray:

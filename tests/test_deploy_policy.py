@@ -516,6 +516,17 @@ def with_contract(exchange: Path, folder: Path, **changes: object) -> RobotContr
     return PolicyRunner(directory, backend="native", device="cpu").contract
 
 
+def test_every_step_on_recordings_that_begin_at_rest_is_warned_about(exchange: Path, tmp_path: Path):
+    """An arm at rest looks the same in every frame of it: the first action of each chunk hardly moves it."""
+    for rest_s, mode, warned in ((0.2, "every-step", True), (0.2, "chunk", False), (0.05, "every-step", False),
+                                 (None, "every-step", False)):  # fmt: skip
+        directory = ours(exchange, tmp_path / f"{rest_s} {mode}")
+        content = json.loads((directory / "train_config.json").read_text()) | {"rest_at_start_s": rest_s}
+        (directory / "train_config.json").write_text(json.dumps(content))
+        notes = PolicyRunner(directory, backend="native", device="cpu", mode=mode).notes
+        assert any("begin with 0.2 s of rest" in note for note in notes) == warned
+
+
 # -- what it needs -------------------------------------------------------------------------------------------------
 
 

@@ -208,6 +208,13 @@ def test_gap_shorter_than_the_offset_cuts_nothing():
     assert episode.sync_report["repeated_images"] == {"color": 1}
 
 
+def test_rest_at_the_start_is_measured():
+    """Half a second without motion, then any joint counts; a recording that moves at once has none."""
+    late = sync(one_joint(lambda t: 0.5 * np.maximum(t - 0.52, 0), joint=4))
+    assert late.sync_report["rest_at_start_s"] == pytest.approx(0.5, abs=1 / 30)
+    assert sync(one_joint(lambda t: 0.5 * t)).sync_report["rest_at_start_s"] == 0
+
+
 def test_single_frames_between_gaps():
     """A segment of one frame has no action, hence no sample; the report counts frames without one."""
     take = make_take(seconds=2.0)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,7 @@ def robot_contract(
         "wrap_angles": conventions["wrap_angles"],
         "angle_reference_rad": list(joints["angle_reference_rad"]),
         "fps": data["fps"],
+        "rest_at_start_s": statistics.median(e.sync_report["rest_at_start_s"] for e in train),
         "image_resize": conventions["image_resize"],
         "image_resize_interpolation": RESIZE_INTERPOLATION,
         "cameras": dict(cameras),

@@ -46,6 +46,8 @@ BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native"), ("auto", "cpu", "cuda"
 # How far LeRobot's actions may be from ours on the same observation, in standard deviations of the action. Rounding
 # is near 1e-6 (float32); a normalisation that is missing or applied twice is off by about 1.
 SAME_ACTIONS_SIGMA = 1e-3
+# Of recordings that begin at rest for so long, mode every-step is warned about: docs/evaluation.md.
+LONG_REST_S = 0.1
 # Observations in one inference of step_together: larger batches need memory and are not faster.
 BATCH = 32
 
@@ -272,6 +274,12 @@ class PolicyRunner:
                 if backend == "lerobot":
                     raise PolicyError(f"{self.policy.path}: backend lerobot: {error}; use --backend native") from None
                 self.notes.append(f"backend native: {error}")
+        rest_s = self.contract.rest_at_start_s
+        if self.mode == "every-step" and rest_s is not None and rest_s >= LONG_REST_S:
+            self.notes.append(
+                f"mode every-step: the recordings begin with {rest_s:g} s of rest; an arm at rest looks the same in all "
+                "of those frames, and the first action of a chunk hardly moves it: it may stall; use mode chunk or ensemble"
+            )
         self.backend, self.backend_version = self._backend.name, self._backend.version
 
         self._latency = Latency()
