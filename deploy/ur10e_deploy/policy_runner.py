@@ -277,8 +277,8 @@ class PolicyRunner:
         rest_s = self.contract.rest_at_start_s
         if self.mode == "every-step" and rest_s is not None and rest_s >= LONG_REST_S:
             self.notes.append(
-                f"mode every-step: the recordings begin with {rest_s:g} s of rest; an arm at rest looks the same in all "
-                "those frames, and a chunk's first action hardly moves it: it may stall; use mode chunk or ensemble"
+                f"mode every-step: the recordings begin with {rest_s:g} s of rest; an arm at rest looks the same in "
+                "all those frames, and a chunk's first action hardly moves it: it may stall; use chunk or ensemble"
             )
         self.backend, self.backend_version = self._backend.name, self._backend.version
 
