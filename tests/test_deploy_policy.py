@@ -382,7 +382,9 @@ def test_the_contract_is_read_from_train_config(trained: Path, trained_absolute:
 def test_a_checkpoint_without_a_contract_needs_the_flags(exchange: Path):
     """LeRobot's own checkpoints do not say what a delta is: a person must, all of it demanded in one line."""
     checkpoint = POLICIES["LeRobot 0.3.2's own"](exchange)
-    with pytest.raises(PolicyError, match=r"say --action-mode \(delta or absolute or relative\) and --wrap or --no-wrap$"):
+    with pytest.raises(
+        PolicyError, match=r"--action-mode \(delta or absolute or relative\) and --wrap or --no-wrap$"
+    ):
         PolicyRunner(checkpoint, device="cpu")
     with pytest.raises(PolicyError, match="say --wrap or --no-wrap$"):
         PolicyRunner(checkpoint, device="cpu", said={"action_mode": "delta"})
@@ -421,7 +423,10 @@ def test_a_flag_that_contradicts_the_contract_is_refused(trained: Path, flag: di
     [
         (lambda c: c.pop("joint_names"), "not the contract that train.py writes .*joint_names"),
         (lambda c: c.update(joint_names=["a", "b"]), "2 joint_names; config.json has 6 joints"),
-        (lambda c: c.update(action_mode="velocity"), "action_mode is 'velocity'; expected delta or absolute or relative"),
+        (
+            lambda c: c.update(action_mode="velocity"),
+            "action_mode is 'velocity'; expected delta or absolute or relative",
+        ),
         (lambda c: c.update(image_resize=[10, 10]), r"image_resize is \(10, 10\); config.json says"),
     ],
 )
