@@ -382,9 +382,7 @@ def test_the_contract_is_read_from_train_config(trained: Path, trained_absolute:
 def test_a_checkpoint_without_a_contract_needs_the_flags(exchange: Path):
     """LeRobot's own checkpoints do not say what a delta is: a person must, all of it demanded in one line."""
     checkpoint = POLICIES["LeRobot 0.3.2's own"](exchange)
-    with pytest.raises(
-        PolicyError, match=r"--action-mode \(delta or absolute or relative\) and --wrap or --no-wrap$"
-    ):
+    with pytest.raises(PolicyError, match=r"--action-mode \(delta or absolute or relative\) and --wrap or --no-wrap$"):
         PolicyRunner(checkpoint, device="cpu")
     with pytest.raises(PolicyError, match="say --wrap or --no-wrap$"):
         PolicyRunner(checkpoint, device="cpu", said={"action_mode": "delta"})

@@ -136,10 +136,10 @@ def test_a_run_from_before_the_split_by_hash_goes_on_with_its_own_split(sample_b
     with monkeypatch.context() as patch:
         patch.setattr(identity, "split_episodes", shuffled)
         patch.setattr(identity, "angle_references", lambda train: np.zeros(6))
-        unbroken = run(sample_bags, tmp_path / "a")
+        unbroken = run(sample_bags, tmp_path / "a", **EVERY_STEP)
         patch.setattr(identity, "fingerprint", older)
-        run(sample_bags, tmp_path / "b", training__steps=3)
-    assert_same_run(run(sample_bags, tmp_path / "b", "--resume"), unbroken)
+        run(sample_bags, tmp_path / "b", **EVERY_STEP, training__steps=4)
+    assert_same_run(run(sample_bags, tmp_path / "b", "--resume", **EVERY_STEP), unbroken)
     contract = json.loads((tmp_path / "b/run/last/pretrained_model/train_config.json").read_text())
     assert contract["held_out_episodes"] == ["episode_003"]
 

@@ -36,12 +36,12 @@ SETTINGS = {
 }
 
 
-def factor(step: int) -> float:
-    """The learning rate's in step 0, 1, ...: a line to 1 over two steps, then half a cosine down to min_lr/lr."""
+def rate(step: int, peak: float) -> float:
+    """The learning rate in step 0, 1, ...: a line to its peak over two steps, then half a cosine down to min_lr."""
     if step < WARMUP:
-        return (step + 1) / WARMUP
-    floor = SETTINGS["training__min_lr"] / SETTINGS["training__lr"]
-    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - 1 - WARMUP))) / 2
+        return peak * (step + 1) / WARMUP
+    last = SETTINGS["training__min_lr"]
+    return last + (peak - last) * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - 1 - WARMUP))) / 2
 
 
 def noise(rows: slice) -> torch.Tensor:
@@ -106,7 +106,7 @@ def train_lerobots(ready, policy) -> dict[str, torch.Tensor]:
     clipped, unlike = [], []
     for step in range(STEPS):
         for group, peak in zip(optimizer.param_groups, (2e-3, 5e-4), strict=True):
-            group["lr"] = peak * factor(step)
+            group["lr"] = rate(step, peak)
         optimizer.zero_grad()
         batch = batch_of(ready, step, slice(None))
         valid = (~batch["action_is_pad"]).sum(dim=1)
