@@ -574,7 +574,7 @@ def test_an_earlier_evaluation_is_written_over_and_nothing_else(trained, sample_
     (out / ".episode_000.png.partial").write_text("of a killed one")
     assert evaluate(trained, out, "--episode", "2", "--num-steps", "2", bags=sample_bags) == 0
     assert f"replaced the evaluation that was in {out}" in capsys.readouterr().out
-    names = {"episode_003.parquet", "episode_002.png", "overview.png", "report.html", "summary.json"}
+    names = {"episode_002.parquet", "episode_002.png", "overview.png", "report.html", "summary.json"}
     assert {p.name for p in out.iterdir()} == names
     (out / "thesis.tex").write_text("mine")
     line = refused(capsys, evaluate, trained, out, "--episode", "2", "--num-steps", "2", bags=sample_bags)
