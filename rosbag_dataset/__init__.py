@@ -25,7 +25,7 @@ from here.
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
-from .episodes import load_episodes, split_episodes
+from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .inspection import resize_notes, sync_table
@@ -56,6 +56,7 @@ __all__ = [
     "cache_key",
     "clean_cache",
     "compute_stats",
+    "divide",
     "find_bags",
     "load_entry",
     "load_episodes",

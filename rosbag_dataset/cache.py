@@ -6,7 +6,7 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     CAMERA.time_ns.npy   their times, int64 ns
     joint_time_ns.npy    int64 ns
     joint_rad.npy        (M, J) float64
-    meta.json            sizes of the images; written last
+    meta.json            sizes of the images, and a hash of each camera's first; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
@@ -207,7 +207,10 @@ def _write_entry(
     save(building / "joint_rad.npy", recording.joint_rad)
     for camera, times in recording.camera_time_ns.items():
         save(building / f"{camera}.time_ns.npy", times)
-    meta = {"bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape}
+    meta = {
+        "bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape,
+        "first_image": recording.first_image,
+    }  # fmt: skip
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -262,8 +265,11 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
             if (size := file.stat().st_size) < expected:
                 raise EntryError(f"{file}: {size} bytes, expected {expected}")
-            with file.open("rb") as pixels:
-                recording.first_image[camera] = image_sha256(pixels.read(height * width * 3))
+            if "first_image" in meta:
+                recording.first_image[camera] = meta["first_image"][camera]
+            else:  # an entry from before it was kept there
+                with file.open("rb") as pixels:
+                    recording.first_image[camera] = image_sha256(pixels.read(height * width * 3))
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise EntryError(f"{entry}: {' '.join(str(error).split()) or type(error).__name__}") from error
     with contextlib.suppress(OSError):  # a cache that is read only

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, load_entry
@@ -87,9 +87,7 @@ def load_episodes(
             continue
         episode.entry, episode.content_hash = entry, hashes[bag.name]
         episode.recording_hash = recording.sha256()
-        episode.sync_report["copy_of"] = first_with.setdefault(episode.recording_hash, bag.name)
-        if episode.sync_report["copy_of"] == bag.name:
-            episode.sync_report["copy_of"] = ""
+        mark_copy(episode, first_with)
         episodes.append(episode)
     if not episodes:
         raise BagError(
@@ -113,6 +111,17 @@ def check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: Sh
             )
 
 
+def mark_copy(episode: Episode, first_with: dict[str, str]) -> None:
+    """Say in an episode's sync report which earlier bag holds the same recording; `first_with` gains what is new."""
+    first = first_with.setdefault(episode.recording_hash, episode.name)
+    episode.sync_report["copy_of"] = "" if first == episode.name else first
+
+
+def divide(episodes: Sequence[Episode], held_out: Container[str]) -> tuple[list[Episode], list[Episode]]:
+    """-> (training, validation): those whose names are in `held_out` are the latter; each in order."""
+    return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]
+
+
 def split_episodes(episodes: Sequence[Episode], val_fraction: float, seed: int) -> tuple[list[Episode], list[Episode]]:
     """Hold out whole episodes: -> (training, validation), each in order.
 
@@ -125,11 +134,10 @@ def split_episodes(episodes: Sequence[Episode], val_fraction: float, seed: int) 
     def number(group: str) -> float:
         return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:7], "big") / 2**56
 
-    groups = sorted({e.recording_hash or e.name for e in episodes}, key=number)
+    group_of = {e.name: e.recording_hash or e.name for e in episodes}
+    groups = sorted(set(group_of.values()), key=number)
     count = sum(number(group) < val_fraction for group in groups)
     if val_fraction > 0 and len(groups) >= 5:
         count = max(1, count)
-    held_out = set(groups[: min(count, len(groups) - 1)])
-    sides = [(e.recording_hash or e.name) in held_out for e in episodes]
-    pairs = list(zip(episodes, sides, strict=True))
-    return [e for e, out in pairs if not out], [e for e, out in pairs if out]
+    chosen = set(groups[: min(count, len(groups) - 1)])
+    return divide(episodes, {name for name, group in group_of.items() if group in chosen})

@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from .bags import Bag, find_bags
-from .episodes import check_same_size
+from .episodes import check_same_size, mark_copy
 from .errors import BagError
 from .reading import read_bag
 from .settings import BagSettings, settings_from
@@ -147,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             episode = inspect_bag(bag, settings, args.verify)
             if episodes:
                 check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
-            first = first_with.setdefault(episode.recording_hash, bag.name)
-            episode.sync_report["copy_of"] = "" if first == bag.name else first
+            mark_copy(episode, first_with)
             episodes.append(episode)
         except BagError as error:
             problems.append({"bag": bag.name, "why": str(error)})

@@ -33,7 +33,7 @@ class Recording:
     camera_time_ns: dict[str, np.ndarray]  # camera -> (N,)
     image_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as stored
     source_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as recorded
-    first_image: dict[str, bytes] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
+    first_image: dict[str, str] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
@@ -46,7 +46,7 @@ class Recording:
             digest.update(f"{part.shape} ".encode())
             digest.update(np.ascontiguousarray(part).tobytes())
         for image in self.first_image.values():
-            digest.update(image)
+            digest.update(bytes.fromhex(image))
         return digest.hexdigest()
 
 
@@ -78,7 +78,7 @@ def read_bag(
     joint_rows: list[np.ndarray] = []
     camera_times: dict[str, list[int]] = {camera: [] for camera in settings.camera_topics}
     shapes: dict[str, tuple[int, int]] = {}
-    first_image: dict[str, bytes] = {}
+    first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
     columns: dict[tuple[str, ...], list[int]] = {}  # see joint_positions()
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
@@ -124,6 +124,6 @@ def read_bag(
     )
 
 
-def image_sha256(image: bytes | memoryview) -> bytes:
+def image_sha256(image: bytes | memoryview) -> str:
     """What Recording.first_image holds of an image."""
-    return hashlib.sha256(image).digest()
+    return hashlib.sha256(image).hexdigest()

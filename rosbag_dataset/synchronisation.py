@@ -150,14 +150,23 @@ def synchronise(
         "still_share": _still_share(joint_ns, joint_rad),
         "rest_at_start_s": _rest_at_start_s(path, settings.fps),
     }
+    none = np.zeros((0, path.shape[1]), np.float32)  # until the joints are placed
     episode = Episode(
-        name, ticks[kept], state.astype(np.float32), _actions(state, path, segments, settings).astype(np.float32),
-        segments, image_index, sync_report,
+        name, ticks[kept], none, none, segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
         stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path, action_mode=settings.action_mode,
     )  # fmt: skip
-    refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
+    if settings.wrap_angles:
+        refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
+    else:
+        _place(episode, state, settings)
     return episode
+
+
+def _place(episode: Episode, state: np.ndarray, settings: BagSettings) -> None:
+    """Give an episode its states (T, J) float64, and the actions that follow from them."""
+    episode.state = state.astype(np.float32)
+    episode.action = _actions(state, episode.path_rad, episode.segments, settings).astype(np.float32)
 
 
 def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSettings) -> None:
@@ -177,8 +186,7 @@ def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSetti
         return
     state, wrapped = episode.path_rad.copy(), settings.revolute
     state[:, wrapped] = wrap_to_pi(state[:, wrapped], np.asarray(reference_rad, np.float64)[wrapped])
-    episode.state = state.astype(np.float32)
-    episode.action = _actions(state, episode.path_rad, episode.segments, settings).astype(np.float32)
+    _place(episode, state, settings)
     turned = np.abs(np.diff(state - episode.path_rad, axis=0)).max(axis=0, initial=0.0) > np.pi
     names = [name for name, crosses in zip(settings.joint_names, turned, strict=True) if crosses]
     episode.sync_report["joints_across_the_seam"] = names
@@ -252,7 +260,7 @@ def _resample_joints(
     """Joint positions at the ticks, with the project's sign applied: as recorded, and without jumps.
 
     Returns:
-        (the positions, (T, J) float64, interpolated between the recorded values: the states, unless they are wrapped;
+        (the positions, (T, J) float64: without `wrap_angles` interpolated between the recorded values, jumps and all;
          the same path without jumps, (T, J) float64. It is unwrapped along all samples of the recording, so that it
          also counts turns that were made while frames were dropped).
     """
@@ -268,7 +276,8 @@ def _resample_joints(
 
     path = joint_rad.copy()
     path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-    return at_ticks(joint_rad), at_ticks(path)  # of the latter no value lies between +pi and -pi
+    continuous = at_ticks(path)  # interpolated so, no value lies between +pi and -pi
+    return continuous if settings.wrap_angles else at_ticks(joint_rad), continuous
 
 
 def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:

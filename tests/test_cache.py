@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import re
 import shutil
@@ -261,3 +262,16 @@ def test_memory_does_not_grow_with_the_recording(tmp_path, storage):
         grown = take.images.nbytes
     assert grown > 40e6
     assert peaks[1] - peaks[0] < 8 * 1024, f"peak resident memory in KiB: {peaks}"
+
+
+def test_an_older_entry_tells_a_copy_as_well(bag_dir):
+    """Entries from before meta.json held the first image's hash are used as they are: it comes from the pixels."""
+    (episode, _), _ = load(settings(bag_dir))
+    meta = episode.entry / "meta.json"
+    content = json.loads(meta.read_text())
+    assert len(content.pop("first_image")["color"]) == 64
+    meta.write_text(json.dumps(content))
+    assert load(settings(bag_dir))[0][0].recording_hash == episode.recording_hash
+    with (episode.entry / "color.rgb").open("r+b") as pixels:  # and it is the pixels that count there
+        pixels.write(b"\xff" * 8)
+    assert load(settings(bag_dir))[0][0].recording_hash != episode.recording_hash

@@ -20,7 +20,7 @@ import torch
 
 from act_model import ACTConfig
 from lerobot_checkpoint import CheckpointError
-from rosbag_dataset import RESIZE_INTERPOLATION, BagSettings, Episode, angle_references, split_episodes
+from rosbag_dataset import RESIZE_INTERPOLATION, BagSettings, Episode, angle_references, divide, split_episodes
 
 from .errors import TrainingError
 from .ranks import World
@@ -59,8 +59,7 @@ def split(
     """-> (training, held-out episodes): as in the run with the fingerprint `was` that goes on, else chosen anew."""
     if was is None:
         return split_episodes(episodes, val_fraction, seed)
-    held_out = was["held-out episodes"]
-    return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]
+    return divide(episodes, was["held-out episodes"])
 
 
 def angle_reference(train: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None) -> list[float]:
