@@ -18,7 +18,7 @@ TESTS ?= tests
 demo: .venv/installed-trainer
 	@echo "== 1/3 sample bags of a simulated UR10e (about a minute, once)"
 	@$(PY) -m sim.record --out outputs/demo-bags --episodes $(DEMO_EPISODES) --seed 1 --storage mcap \
-		--height 120 --width 160 --workers $$(nproc)
+		--height 120 --width 160
 	@echo "== 2/3 training ACT on them (about 4 minutes on 2 cores)"
 	@echo "   python train.py --config sim/demo.yaml --overwrite"
 	@$(PY) train.py --config sim/demo.yaml --overwrite

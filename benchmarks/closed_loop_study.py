@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=whole_number(1), default=100, help="scenes of each (default: 100)")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of every arm")
     args = parser.parse_args(argv)
+    args.out = args.out.resolve()  # the commands below run in the project's folder
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"--arms {','.join(unknown)}: expected some of {', '.join(ARMS)}")
     try:
@@ -106,8 +107,9 @@ def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) 
     overrides.append(f"training.output_dir={run}")
     command(f"{arm}, seed {seed}: training", "train.py", "--config", "sim/demo.yaml", "--resume",
             *(f"--override={o}" for o in overrides))  # fmt: skip
-    output = args.out / "rollouts" / f"{arm}, seed {seed}"
-    options = ["--episodes", str(args.episodes), "--no-pictures", "--output", str(output), *what.rollout]
+    options = ["--episodes", str(args.episodes), *what.rollout]
+    output = args.out / "rollouts" / f"{run.name} {' '.join(options)}"  # another choice of them is another result
+    options += ["--no-pictures", "--output", str(output)]
     if not (output / "rollouts.json").exists():
         command(f"{arm}, seed {seed}: roll-outs", "-m", "sim.rollout", "--checkpoint", str(run), *options)
     found = json.loads((output / "rollouts.json").read_text())

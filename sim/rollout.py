@@ -28,12 +28,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from ur10e_deploy.checks import EvalError
-from ur10e_deploy.config import PolicyError
-from ur10e_deploy.offline_eval import EXIT_GATE, ArgumentParser
+from ur10e_deploy.offline_eval import EXIT_GATE, ArgumentParser, in_one_line
 from ur10e_deploy.policy_runner import BACKENDS, DEVICES, MODES, PolicyRunner
 from ur10e_deploy.results import checkpoint_identity, versions
 
-from lerobot_checkpoint import CheckpointError
+from act_model import full_float32
 from sim import rollout_report as report
 from sim.closed_loop import POLICY, Runs, check_policy
 from sim.record import MANIFEST
@@ -68,7 +67,8 @@ def evaluate(args):
         notes.append(f"replaced the roll-outs that were in {args.output}")
     for note in notes:
         print(f"note: {note}", flush=True)
-    runs, perturbed = run_all(args, runner)
+    with full_float32():  # once, around all threads: they would undo each other's, and TF32 is for the whole process
+        runs, perturbed = run_all(args, runner)
     summary = summarise_all(args, runner, runs, perturbed, notes)
     report.write(output, args, summary, runs, began_s)
     print(report.screen(summary, args.output), flush=True)
@@ -210,18 +210,7 @@ def parser():
 
 def main(argv=None):
     """Entry of `python -m sim.rollout`. Exit codes: see the top of this file."""
-    args = parser().parse_args(argv)
-    try:
-        return evaluate(args)
-    except (CheckpointError, PolicyError, EvalError) as error:
-        line = str(error)
-    except OSError as error:
-        line = f"{error.filename or args.output}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        print(f"error: interrupted; {args.output} is not complete (no rollouts.json)", file=sys.stderr, flush=True)
-        return 130
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    return 1
+    return in_one_line(evaluate, parser().parse_args(argv), report.LAST)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from ur10e_deploy.ur10e import link_frames, tool_tip
 
 from sim.scene import BLOCK_SIDE_M
-from sim.world import TOLERANCE_M, goal_m, judge
+from sim.world import TOLERANCE_M, goal_m
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -34,7 +34,7 @@ def wilson(successes, trials):
 def measure(world, tolerance_m=TOLERANCE_M):
     """One finished roll-out (sim.world.World) as a flat dict of numbers with their units in their names."""
     path_rad = np.array(world.path_rad)
-    tip_m, outcome = tool_tip(path_rad), judge(world.scene, tool_tip(path_rad), world.control_hz, tolerance_m)
+    tip_m, outcome = tool_tip(path_rad), world.outcome(tolerance_m)
     in_block_m, in_table_m = depths(world.scene, path_rad)
     times_s = np.arange(int(np.ceil(world.expert.duration_s * world.control_hz)) + 1) / world.control_hz
     speed, acceleration = peaks(path_rad, world.control_hz)

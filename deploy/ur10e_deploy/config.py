@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,13 @@ class RobotContract:
             here_rad: (J,) where the joints are, on the robot's own turns.
             last_command_rad: (J,) what was commanded one frame ago.
         """
-        low, high = self.joint_limits_rad
         if self.action_kind == "delta":
-            target = last_command_rad + action
-        else:
-            target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self.wrapped
-            target = np.where(target > high, target - turn, np.where(target < low, target + turn, target))
-        return target
+            return last_command_rad + action
+        low, high = self.joint_limits_rad
+        target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self.wrapped
+        return np.where(target > high, target - turn, np.where(target < low, target + turn, target))
 
-    @property
+    @cached_property  # it is asked for in every control step
     def joint_limits_rad(self) -> tuple[np.ndarray, np.ndarray]:
         """(lowest, highest), each (J,): the UR10e's own joint limits, and none for a joint that is not the arm's.
 

@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -253,7 +253,9 @@ def open_bags(args: argparse.Namespace, contract: RobotContract) -> BagSource:
     """
     training_cache = Path(contract.data_settings["cache_dir"])
     cache = args.cache_dir or (training_cache if training_cache.is_dir() else Path("outputs/frame-cache"))
-    return BagSource(args.bags, contract.data_settings, cache, contract.angle_reference_rad)
+    # A policy of relative actions is compared by the positions that they lead to: see PolicyRunner.
+    values = contract.data_settings | {"action_mode": contract.action_kind}
+    return BagSource(args.bags, values, cache, contract.angle_reference_rad)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -301,9 +303,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `python -m ur10e_deploy.offline_eval`. Exit codes: see the top of this file."""
-    args = parser().parse_args(argv)
+def in_one_line(evaluate: Callable[[argparse.Namespace], int], args: argparse.Namespace, last: str) -> int:
+    """Run an evaluation; -> its exit code, or 1, or 130 for Ctrl-C, after one line on stderr that says what is wrong.
+
+    `last` is the file that it writes last, into args.output.
+    """
     try:
         return evaluate(args)
     except (CheckpointError, PolicyError, SourceError, EvalError) as error:
@@ -313,10 +317,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         line = f"{error.filename or args.output}: {error.strerror or error}"
     except KeyboardInterrupt:
-        print(f"error: interrupted; {args.output} is not complete (no summary.json)", file=sys.stderr, flush=True)
+        print(f"error: interrupted; {args.output} is not complete (no {last})", file=sys.stderr, flush=True)
         return 130
     print(f"error: {line}", file=sys.stderr, flush=True)
     return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `python -m ur10e_deploy.offline_eval`. Exit codes: see the top of this file."""
+    return in_one_line(evaluate, parser().parse_args(argv), "summary.json")
 
 
 if __name__ == "__main__":

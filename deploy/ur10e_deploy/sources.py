@@ -173,10 +173,7 @@ class BagSource:
         self._dir = Path(bag_dir)
         self._angle_reference_rad = None if angle_reference_rad is None else np.array(angle_reference_rad)
         with self._bag_errors("the checkpoint's settings"):
-            # A policy of relative actions is compared by the positions that they lead to: see PolicyRunner.
-            kind = "delta" if values.get("action_mode") == "delta" else "absolute"
-            where = {"bag_dir": self._dir, "cache_dir": Path(cache_dir)}
-            self._settings = settings_from({**values, "action_mode": kind, **where})
+            self._settings = settings_from({**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)})
         try:
             self._bags: list[Bag] = find_bags(self._dir)
         except BagError:
