@@ -1,7 +1,7 @@
 """Does the policy do its task? Run it in the simulated cell, closed loop, on scenes that no recording has.
 
     python -m sim.rollout --checkpoint outputs/demo
-    python -m sim.rollout --checkpoint outputs/demo --episodes 200 --min-success 0.9       # exit 3 below it: a gate
+    python -m sim.rollout --checkpoint outputs/demo --episodes 200 --min-success 0.9 --max-blind 0.1          # a gate
     python -m sim.rollout --checkpoint outputs/demo --robustness                  # lag, image noise, camera, light
 
 The policy is asked through the PolicyRunner that a robot uses; the arm moves as it says and the camera shows what came
@@ -11,7 +11,8 @@ with a grey image and with another episode's image: success means something only
 The output directory gets report.html (open it first), rollouts.json (written last: it is there when all is),
 steps.parquet (every step), rollouts.mp4, contact_sheet.png, top_view.png.
 
-Exit code 0: done; 1: bad input, with one line; 3: success is below --min-success, and all results are written.
+Exit code 0: done; 1: bad input, with one line; 3: a gate is not passed (success below --min-success, a baseline above
+--max-blind), and all results are written.
 
 Knows: the command line, and what an evaluation consists of.
 Must not know: the success criterion (world.py), how a policy drives (closed_loop.py), what is measured
@@ -113,16 +114,23 @@ def summarise_all(args, runner, runs, perturbed, notes):
     tolerance_m = args.tolerance_mm / 1e3
     rows = {name: [measure(world, tolerance_m) for world in worlds] for name, worlds in runs.worlds.items()}
     success = summarise(rows[POLICY])
-    rate, limit = success["success_rate"], args.min_success
-    baselines = [name for name in rows if name != POLICY and name not in perturbed]
+    baselines = {name: summarise(rows[name]) for name in rows if name != POLICY and name not in perturbed}
+    rate, blind = success["success_rate"], max(of["success_rate"] for of in baselines.values())
     return dict(
         success=success,
-        baselines={name: summarise(rows[name]) for name in baselines},
+        baselines=baselines,
         perturbations={
             name: dict(what=PERTURBATIONS[name][1], conditions=asdict(conditions)) | summarise(rows[name])
             for name, conditions in perturbed.items()
         },
-        gates=[] if limit is None else [dict(gate="--min-success", limit=limit, found=rate, passed=rate >= limit)],
+        gates=[
+            dict(gate=gate, limit=limit, found=found, passed=passed)
+            for gate, limit, found, passed in (
+                ("--min-success", args.min_success, rate, args.min_success is None or rate >= args.min_success),
+                ("--max-blind", args.max_blind, blind, args.max_blind is None or blind <= args.max_blind),
+            )
+            if limit is not None
+        ],
         task=dict(
             criterion="the tip comes within the tolerance of the middle of the block's top, before the timeout",
             tolerance_m=tolerance_m,
@@ -169,8 +177,9 @@ def check_arguments(args):
             raise EvalError(f"{option} is {value}; expected 32 to 4096 pixels")
     if unknown := [name for name in args.perturb if name not in PERTURBATIONS]:
         raise EvalError(f"--perturb {','.join(unknown)}: expected some of {','.join(PERTURBATIONS)}")
-    if args.min_success is not None and not 0 <= args.min_success <= 1:
-        raise EvalError(f"--min-success is {args.min_success}; expected 0 to 1")
+    for option, value in (("--min-success", args.min_success), ("--max-blind", args.max_blind)):
+        if value is not None and not 0 <= value <= 1:
+            raise EvalError(f"{option} is {value}; expected 0 to 1")
     if args.gif and args.gif.suffix != ".gif":
         raise EvalError(f"--gif {args.gif}: expected a file that ends in .gif")
 
@@ -200,8 +209,9 @@ def parser():
     p.add_argument("--height", type=int, help="of the camera's images, pixels (default: what the policy sees)")
     p.add_argument("--width", type=int, help="the same")
     p.add_argument("--min-success", type=float, metavar="X", help="exit 3 below this rate")
+    p.add_argument("--max-blind", type=float, metavar="X", help="exit 3 when a baseline succeeds more often")
     p.add_argument("--output", type=Path, default=Path("outputs/rollout"), help="default: outputs/rollout")
-    p.add_argument("--gif", type=Path, metavar="FILE", help="also an animation for a web page, below 3 MB")
+    p.add_argument("--gif", type=Path, metavar="FILE", help="also an animation for a web page")
     p.add_argument("--no-pictures", dest="pictures", action="store_false", help="numbers only: no video, no pictures")
     p.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     p.add_argument("--backend", choices=BACKENDS, default="native", help="default: native, which needs no LeRobot")

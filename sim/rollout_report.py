@@ -47,7 +47,10 @@ def write(output, args, summary, runs, began_s):
     outcomes = {n: [w.outcome(args.tolerance_mm / 1e3) for w in worlds] for n, worlds in runs.worlds.items()}
     worlds = runs.worlds[POLICY]
     if args.gif:
-        pictures.write_gif(args.gif, worlds, outcomes[POLICY])
+        size_bytes, limit_bytes = pictures.write_gif(args.gif, worlds, outcomes[POLICY]), pictures.GIF_MAX_BYTES
+        if size_bytes > limit_bytes:  # no reason to lose an evaluation
+            summary["notes"].append(f"{args.gif}: {size_bytes / 1e6:.1f} MB, more than {limit_bytes / 1e6:g} MB")
+            print(f"note: {summary['notes'][-1]}")
     if args.pictures:
         for package, what in (("av", "video"), ("matplotlib", "view from above")):
             if importlib.util.find_spec(package) is None:
@@ -147,8 +150,8 @@ def claims(summary):
 
 
 def gate_text(gate):
-    """One line about --min-success."""
-    return f"{gate['gate']} {gate['limit']:g}: {'passed' if gate['passed'] else 'NOT REACHED'} ({gate['found']:.3g})"
+    """One line about --min-success or --max-blind."""
+    return f"{gate['gate']} {gate['limit']:g}: {'passed' if gate['passed'] else 'NOT PASSED'} ({gate['found']:.3g})"
 
 
 def screen(summary, folder):

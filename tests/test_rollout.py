@@ -333,12 +333,15 @@ def test_an_evaluation_holds_its_baselines_and_can_be_looked_at(trained_absolute
     monkeypatch.setattr(PolicyRunner, "_infer_batch", spy)
     out, gif = tmp_path / "out", tmp_path / "demo.gif"
     code = roll(trained_absolute, out, "--mode", "chunk", "--n-action-steps", "8", "--perturb", "camera,noise",
-                "--min-success", "0.5", "--gif", str(gif))  # fmt: skip
+                "--min-success", "0.5", "--max-blind", "0.1", "--gif", str(gif))  # fmt: skip
     assert code == 3  # it was hardly trained: no success
     found = json.loads((out / "rollouts.json").read_text())
     assert set(found["baselines"]) == {MEAN_BLOCK, GREY, OTHER} and set(found["perturbations"]) == {"camera", "noise"}
     assert found["success"]["success_rate"] == 0 and found["success"]["wilson_95"][1] > 0.5
-    assert found["gates"] == [{"gate": "--min-success", "limit": 0.5, "found": 0.0, "passed": False}]
+    assert found["gates"] == [
+        {"gate": "--min-success", "limit": 0.5, "found": 0.0, "passed": False},
+        {"gate": "--max-blind", "limit": 0.1, "found": 0.0, "passed": True},
+    ]
     assert [row["episode"] for row in found["episodes"]] == [0, 1, 2]
     middle = np.mean([[row["end_x_m"], row["end_y_m"]] for row in found["other_episodes"][MEAN_BLOCK]], axis=0)
     np.testing.assert_allclose(middle, (-0.66, 0.0), atol=0.2)  # on its way there after a second
@@ -392,6 +395,7 @@ def test_a_gate_that_is_met_exits_0_and_an_earlier_result_is_written_over(
         (("--perturb", "fog"), "--perturb fog: expected some of lag,noise,camera,light"),
         (("--episodes", "0"), "--episodes is 0; expected 1 or more"),
         (("--min-success", "90"), "--min-success is 90.0; expected 0 to 1"),
+        (("--max-blind", "-1"), "--max-blind is -1.0; expected 0 to 1"),
         (("--n-action-steps", "9"), "n_action_steps is 9; expected 1 to 8"),
         (("--gif", "demo.mp4"), "--gif demo.mp4: expected a file that ends in .gif"),
         (("--checkpoint", "nowhere"), "nowhere: no config.json"),
