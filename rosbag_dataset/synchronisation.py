@@ -121,6 +121,7 @@ def synchronise(
     state, path = _resample_joints(joint_ns, joint_rad, ticks[kept], settings)
     segments = _segments(kept)
     image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
+    image_age_s = {c: (ticks[kept] - camera_ns[c][i[kept]]) / 1e9 for c, i in index.items()}
 
     sync_report = {
         "episode": name,
@@ -149,6 +150,10 @@ def synchronise(
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
         "still_share": _still_share(joint_ns, joint_rad),
         "rest_at_start_s": _rest_at_start_s(path, settings.fps),
+        "image_age_s": {
+            c: {"median": round(float(np.median(age)), 4), "most": round(float(age.max()), 4)}
+            for c, age in image_age_s.items()
+        },
     }
     none = np.zeros((0, path.shape[1]), np.float32)  # until the joints are placed
     episode = Episode(

@@ -215,6 +215,17 @@ def test_rest_at_the_start_is_measured():
     assert sync(one_joint(lambda t: 0.5 * t)).sync_report["rest_at_start_s"] == 0
 
 
+def test_the_age_of_images_is_measured():
+    """Images 5 ms before the ticks that they are paired with are 5 ms old; one that comes after its tick is newer."""
+    take = make_take(seconds=2.0)
+    early = take.camera_ns - 5_000_000
+    early[[0, 7]] = take.camera_ns[0], take.camera_ns[7] + 8_000_000  # the grid begins on the first one
+    age_s = sync(dataclasses.replace(take, camera_ns=early)).sync_report["image_age_s"]["color"]
+    assert age_s == {"median": pytest.approx(0.005, abs=2e-4), "most": pytest.approx(0.005, abs=2e-4)}
+    newer = sync(dataclasses.replace(take, camera_ns=np.append(take.camera_ns[:1], take.camera_ns[1:] + 8_000_000)))
+    assert newer.sync_report["image_age_s"]["color"]["median"] == pytest.approx(-0.008, abs=2e-4)
+
+
 def test_single_frames_between_gaps():
     """A segment of one frame has no action, hence no sample; the report counts frames without one."""
     take = make_take(seconds=2.0)

@@ -69,7 +69,7 @@ def test_whole_episodes_are_held_out_and_recorded(finished: Path):
 
 
 def test_the_contract_says_what_a_robot_must_know(finished: Path):
-    """train_config.json: action mode, joints in order, sign, wrap, fps, resize, cameras, clock, code, whole config."""
+    """train_config.json: actions, joints in order, sign, wrap, fps, images' age, resize, cameras, clock, code."""
     contract = json.loads((finished / "last/pretrained_model/train_config.json").read_text())
     assert contract["action_mode"] == "delta"
     assert contract["joint_names"][0] == "shoulder_pan_joint" and len(contract["joint_names"]) == 6
@@ -80,6 +80,8 @@ def test_the_contract_says_what_a_robot_must_know(finished: Path):
     assert contract["image_resize"] == [32, 48] and "INTER_AREA" in contract["image_resize_interpolation"]
     assert contract["cameras"] == {"color": "/camera/color/image_raw"}
     assert contract["image_shapes"] == {"color": [32, 48]}
+    age_s = contract["image_age_s"]["color"]  # at most data.max_offset_ms
+    assert set(contract["image_age_s"]) == {"color"} and abs(age_s["median"]) < 0.01 and 0 < age_s["most"] <= 0.05
     assert contract["code"]["version"] == VERSION and len(contract["code"]["source_sha256"]) == 64
     assert contract["config"]["training"]["steps"] == 6
 

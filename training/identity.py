@@ -200,6 +200,13 @@ def robot_contract(
         "angle_reference_rad": list(joints["angle_reference_rad"]),
         "fps": data["fps"],
         "rest_at_start_s": statistics.median(e.sync_report["rest_at_start_s"] for e in train),
+        "image_age_s": {
+            camera: {
+                "median": statistics.median(e.sync_report["image_age_s"][camera]["median"] for e in train),
+                "most": max(e.sync_report["image_age_s"][camera]["most"] for e in train),
+            }
+            for camera in train[0].image_shape
+        },
         "image_resize": conventions["image_resize"],
         "image_resize_interpolation": RESIZE_INTERPOLATION,
         "cameras": dict(cameras),

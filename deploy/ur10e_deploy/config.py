@@ -51,6 +51,8 @@ class RobotContract:
         angle_reference_rad: (J,) see rosbag_dataset's refer_angles(); 0 in checkpoints that do not say.
         fps: frames per second of the training data, None when the checkpoint does not say.
         rest_at_start_s: how long the joints are still at the start of a training episode (median); None as above.
+        image_age_s: camera -> {"median", "most"}: how much older than the state images were in training, by the clock
+            of data.time_source; below 0 they were newer. {} when the checkpoint does not say.
         image_resize: (H, W) that camera images were resized to, None when they were used as they came.
         cameras: camera -> (H, W) of what the network sees, in its order.
         training_episodes, held_out_episodes: names of the bags it was trained on and of those it was not.
@@ -67,6 +69,7 @@ class RobotContract:
     angle_reference_rad: tuple[float, ...]
     fps: float | None
     rest_at_start_s: float | None
+    image_age_s: dict[str, dict[str, float]]
     image_resize: tuple[int, int] | None
     cameras: dict[str, tuple[int, int]]
     training_episodes: tuple[str, ...]
@@ -251,6 +254,7 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         angle_reference_rad=(0.0,) * state_dim,
         fps=None,
         rest_at_start_s=None,
+        image_age_s={},
         image_resize=tuple(resize) if resize else None,
         cameras=shapes,
         training_episodes=(),
@@ -274,6 +278,7 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
             angle_reference_rad=tuple(content.get("angle_reference_rad", [0.0] * len(content["joint_names"]))),
             fps=float(content["fps"]),
             rest_at_start_s=content.get("rest_at_start_s"),
+            image_age_s=content.get("image_age_s", {}),
             image_resize=tuple(content["image_resize"]) if content["image_resize"] else None,
             cameras=policy.image_shapes,
             training_episodes=tuple(content["training_episodes"]),
