@@ -2,6 +2,7 @@
 
     python -m benchmarks.closed_loop_study                                   # all arms, three seeds: hours on 2 cores
     python -m benchmarks.closed_loop_study --arms demo,delta,relative --seeds 1
+    python -m benchmarks.closed_loop_study --jobs 14                         # on a GPU, with 16 cores: 10 minutes
 
 Each arm is `train.py --config sim/demo.yaml` with the overrides that its row names, and then `sim.rollout` on scenes
 that no recording has. It resumes: what is finished in --out is not done again, a training that was interrupted goes on.
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +47,6 @@ ARMS = {
     "demo": Arm(),
     "delta": Arm(("conventions.action_mode=delta",)),
     "relative": Arm(("conventions.action_mode=relative",)),
-    "delta, every-step": Arm(("conventions.action_mode=delta",), ("--mode", "every-step")),
     "VAE": Arm(VAE),
     "chunk 15": Arm(("model.chunk_size=15",)),
     "chunk 60": Arm(("model.chunk_size=60",)),
@@ -62,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="default: all")
     parser.add_argument("--seeds", type=whole_number(1), default=3, help="of the training, from 1 on (default: 3)")
     parser.add_argument("--episodes", type=whole_number(1), default=100, help="scenes of each (default: 100)")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="trainings at a time (default: 1)")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of every arm")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()  # the commands below run in the project's folder
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"--arms {','.join(unknown)}: expected some of {', '.join(ARMS)}")
     try:
-        bags = recorded_bags(args.out)
-        rows = {arm: [score(arm, seed, bags, args) for seed in range(1, args.seeds + 1)] for arm in args.arms}
+        rows = all_scores(recorded_bags(args.out), args)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -94,6 +97,23 @@ def recorded_bags(out: Path) -> dict[int, Path]:
     return folders
 
 
+def all_scores(bags: dict[int, Path], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """{arm: what its row needs of each seed}; --jobs trainings at a time, the first seed of all arms first."""
+    trainings = defaultdict(list)  # arms that differ in the roll-out alone share one, and so follow each other
+    for seed in range(1, args.seeds + 1):
+        for arm in args.arms:
+            trainings[ARMS[arm].overrides, ARMS[arm].episodes, seed].append((arm, seed))
+
+    def scores(arms: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, float]]:
+        return {(arm, seed): score(arm, seed, bags, args) for arm, seed in arms}
+
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for of in pool.map(scores, trainings.values()):
+            found |= of
+    return {arm: [found[arm, seed] for seed in range(1, args.seeds + 1)] for arm in args.arms}
+
+
 def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) -> dict[str, float]:
     """Train one arm with one seed and roll it out, unless that is done; -> what its row needs.
 
@@ -105,13 +125,14 @@ def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) 
     name = ",".join([*what.overrides, *args.override, f"{what.episodes}"]) + f",{seed}"
     run = args.out / "runs" / name.replace("/", "_")
     overrides.append(f"training.output_dir={run}")
-    command(f"{arm}, seed {seed}: training", "train.py", "--config", "sim/demo.yaml", "--resume",
+    threads = 1 if args.jobs > 1 else None  # many trainings share the cores already
+    command(f"{arm}, seed {seed}: training", threads, "train.py", "--config", "sim/demo.yaml", "--resume",
             *(f"--override={o}" for o in overrides))  # fmt: skip
     options = ["--episodes", str(args.episodes), *what.rollout]
     output = args.out / "rollouts" / f"{run.name} {' '.join(options)}"  # another choice of them is another result
     options += ["--no-pictures", "--output", str(output)]
     if not (output / "rollouts.json").exists():
-        command(f"{arm}, seed {seed}: roll-outs", "-m", "sim.rollout", "--checkpoint", str(run), *options)
+        command(f"{arm}, seed {seed}: roll-outs", threads, "-m", "sim.rollout", "--checkpoint", str(run), *options)
     found = json.loads((output / "rollouts.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     return {
@@ -124,10 +145,15 @@ def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) 
     }
 
 
-def command(title: str, *words: str) -> None:
-    """Run a command of this project. Raises BenchmarkError with its last line, and how to run it by hand."""
+def command(title: str, threads: int | None, *words: str) -> None:
+    """Run a command of this project, on so many threads (None: all cores).
+
+    Raises:
+        BenchmarkError: it failed; its last line, and how to run it by hand.
+    """
     say(title)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise BenchmarkError(f"{title}: {last}; run it by hand: python {shlex.join(words)}")
