@@ -38,6 +38,10 @@ def about() -> None:
         video_backend = "torchcodec"
     except Exception:  # ImportError, OSError, RuntimeError, as the loader pleases
         video_backend = "pyav"
+        import torchvision.io
+
+        if not hasattr(torchvision.io, "VideoReader"):  # LeRobot's way to pyav; gone in torchvision 0.26
+            sys.exit("its torchcodec cannot be loaded, and its torchvision cannot read videos either")
     print(json.dumps({"lerobot": version("lerobot"), "torch": version("torch"), "video_backend": video_backend}))
 
 
