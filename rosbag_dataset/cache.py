@@ -5,8 +5,9 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     CAMERA.rgb           stored images one after the other, (H, W, 3) uint8 each, in file order
     CAMERA.time_ns.npy   their times, int64 ns
     joint_time_ns.npy    int64 ns
-    joint_rad.npy        (M, J) float64
-    meta.json            sizes of the images, and a hash of each camera's first; written last
+    joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
+    meta.json            sizes of the images, a hash of each camera's first, how many joint messages were of no use if
+                         any; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
@@ -211,6 +212,8 @@ def _write_entry(
         "bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape,
         "first_image": recording.first_image,
     }  # fmt: skip
+    if recording.ignored_joint_messages:
+        meta["ignored_joint_messages"] = recording.ignored_joint_messages
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -260,6 +263,7 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             {camera: np.load(entry / f"{camera}.time_ns.npy") for camera in cameras},
             {camera: tuple(meta["image_shape"][camera]) for camera in cameras},
             {camera: tuple(meta["source_shape"][camera]) for camera in cameras},
+            ignored_joint_messages=meta.get("ignored_joint_messages", 0),
         )
         for camera, (height, width) in recording.image_shape.items():
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3

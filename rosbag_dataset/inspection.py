@@ -51,12 +51,13 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
         )
     ]
     for report in sync_reports[:limit]:
-        joint, *cameras = report["topics"].values()
+        topics = list(report["topics"].values())  # the joints' (more than one if they come apart), then the cameras'
+        joints, cameras = topics[: -len(report["image_size"])], topics[-len(report["image_size"]) :]
         rows.append((
             report["episode"], f"{report['duration_s']:.1f}", str(report["frames"]), str(report["dropped"]),
             str(report["segments"]), str(sum(report["repeated_images"].values())),
             str(sum(report["unused_images"].values())), "/".join(f"{c['rate_hz']:.1f}" for c in cameras),
-            f"{joint['rate_hz']:.1f}", "/".join(f"{t['offset_ms_worst']:.0f}" for t in (joint, *cameras)),
+            "/".join(f"{j['rate_hz']:.1f}" for j in joints), "/".join(f"{t['offset_ms_worst']:.0f}" for t in topics),
             f"{report['still_share']:.0%}",
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -82,6 +83,12 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 f"note: {report['episode']}: {report['dropped_in_joint_gaps']} frames dropped in gaps of the joints "
                 "longer than twice data.max_offset_ms"
             )
+    if ignored := sum(report["ignored_joint_messages"] for report in sync_reports):
+        count = sum(report["ignored_joint_messages"] > 0 for report in sync_reports)
+        lines.append(
+            f"note: {ignored} messages of data.joint_topic, in {count} of {len(sync_reports)} episodes, have none of "
+            "data.joint_names and were ignored"
+        )
     crossing = sorted({name for report in sync_reports for name in report.get("joints_across_the_seam", ())})
     for name in crossing:
         count = sum(name in report["joints_across_the_seam"] for report in sync_reports)

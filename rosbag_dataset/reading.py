@@ -19,14 +19,26 @@ from .errors import BagError
 from .images import height_by_width, read_image
 from .settings import BagSettings
 from .storage import messages, open_storage, topics_of
-from .topics import check_topics, joint_positions, parse_message, time_stamp, typestore_for, wanted_topics
+from .topics import (
+    check_joints,
+    check_topics,
+    joint_positions,
+    parse_message,
+    time_stamp,
+    typestore_for,
+    wanted_topics,
+)
 
 ImageSink = Callable[[str, np.ndarray], None]  # called with (camera, image)
 
 
 @dataclass
 class Recording:
-    """What one pass over a bag yields besides pixels. Times are int64 nanoseconds, in file order."""
+    """What one pass over a bag yields besides pixels. Times are int64 nanoseconds, in file order.
+
+    The joints have a row for each message that has any of them. What a message does not have is NaN in it: that joint's
+    samples are in other rows, for example those of another publisher.
+    """
 
     joint_time_ns: np.ndarray  # (M,)
     joint_rad: np.ndarray  # (M, J) float64, in the order of joint_names
@@ -34,6 +46,7 @@ class Recording:
     image_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as stored
     source_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as recorded
     first_image: dict[str, str] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
+    ignored_joint_messages: int = 0  # messages of the joint topic that have none of the joints, and are in no row
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
@@ -80,12 +93,13 @@ def read_bag(
     shapes: dict[str, tuple[int, int]] = {}
     first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
-    columns: dict[tuple[str, ...], list[int]] = {}  # see joint_positions()
+    ignored = 0
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
 
     with contextlib.ExitStack() as stack:
         readers = open_storage(bag, stack, scratch)
         check_topics(bag, readers, settings)
+        check_joints(bag, readers, settings)
         counts = {topic: count for topic, (_, count) in topics_of(readers).items()}
         if on_open:
             on_open({camera: counts[topic] for topic, camera in camera_of.items()})
@@ -93,13 +107,16 @@ def read_bag(
             read[topic] += 1
             where = f"{bag.name}: {topic}, message {read[topic]}"
             message = parse_message(raw, msgtype, settings.ros_distro, where)
-            time_ns = time_stamp(message, receive_ns, settings.time_source, where)
             if topic == settings.joint_topic:
-                joint_times.append(time_ns)
-                joint_rows.append(joint_positions(message, settings.joint_names, columns, where))
+                row = joint_positions(message, settings.joint_names, where)
+                if row is None:
+                    ignored += 1
+                else:
+                    joint_times.append(time_stamp(message, receive_ns, settings.time_source, where))
+                    joint_rows.append(row)
             else:
                 camera = camera_of[topic]
-                camera_times[camera].append(time_ns)
+                camera_times[camera].append(time_stamp(message, receive_ns, settings.time_source, where))
                 image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)
                 if shape is not None and shapes.setdefault(camera, shape) != shape:
                     was, now = height_by_width(shapes[camera]), height_by_width(shape)
@@ -121,6 +138,7 @@ def read_bag(
         {camera: stored.get(camera, settings.image_resize or shape) for camera, shape in shapes.items()},
         shapes,
         {camera: first_image[camera] for camera in settings.camera_topics},
+        ignored,
     )
 
 

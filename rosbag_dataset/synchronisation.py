@@ -6,6 +6,7 @@ Must not know: bags, messages, the cache, pixels (a frame names its image by num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ MAX_EPISODE_S = 24 * 3600.0  # longer recordings are broken time stamps
 class Episode:
     """One recording on a regular time grid. T kept frames, J joints.
 
-    Frames that lack a sample of some topic were dropped. A segment is a run of frames with none dropped in between;
-    neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a segment's
-    last frame has none.
+    Frames that lack a sample of some camera or joint were dropped. A segment is a run of frames with none dropped in
+    between; neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a
+    segment's last frame has none.
     """
 
     name: str
@@ -60,9 +61,9 @@ def synchronise(
 ) -> Episode:
     """Put a recording on a grid of `fps`, drop frames that lack a sample, and cut it into segments.
 
-    The grid covers the time in which every topic was being recorded and starts on an image of the first camera.
-    Images are taken by nearest neighbour; joints are interpolated linearly (or nearest), after putting them in time
-    order. Joint conventions (sign, wrapping) are applied here.
+    The grid covers the time in which every camera and joint was being recorded and starts on an image of the first
+    camera. Images are taken by nearest neighbour; each joint is interpolated linearly (or nearest) between the messages
+    that have it, after putting them in time order. Joint conventions (sign, wrapping) are applied here.
 
     Args:
         name: the episode's name.
@@ -74,15 +75,13 @@ def synchronise(
         BagError: topics that do not overlap in time, broken time stamps, no joint that moves, no frame left.
     """
     tick_ns = 1e9 / settings.fps
-    order = np.argsort(recording.joint_time_ns, kind="stable")
-    joint_ns, joint_rad = recording.joint_time_ns[order], recording.joint_rad[order]
-    last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
-    joint_ns, joint_rad = joint_ns[last_of_equal], joint_rad[last_of_equal]
+    joint_streams = _joint_streams(recording, settings)
     camera_order = {c: np.argsort(t, kind="stable") for c, t in recording.camera_time_ns.items()}
     camera_ns = {c: t[camera_order[c]] for c, t in recording.camera_time_ns.items()}
 
     # The grid.
-    streams = {settings.joint_topic: joint_ns} | {settings.camera_topics[c]: t for c, t in camera_ns.items()}
+    streams = {s.name: s.time_ns for s in joint_streams}
+    streams |= {settings.camera_topics[c]: t for c, t in camera_ns.items()}
     begin, end = max(t[0] for t in streams.values()), min(t[-1] for t in streams.values())
     if end < begin:
         spans = "; ".join(f"{topic} {t[0] / 1e9:.3f} to {t[-1] / 1e9:.3f} s" for topic, t in streams.items())
@@ -97,20 +96,22 @@ def synchronise(
     count = int(max(0, end - begin) / tick_ns + 1e-6) + 1  # stamps are rounded to ns: keep a tick that ends on `end`
     ticks = begin + np.rint(np.arange(count) * tick_ns).astype(np.int64)
 
-    # Which of its ticks are kept: those with a sample of every topic near enough.
+    # Which of its ticks are kept: those with a sample of every camera and joint near enough.
     index = {c: nearest_index(t, ticks) for c, t in camera_ns.items()}
-    offset_ms = {settings.joint_topic: np.abs(joint_ns[nearest_index(joint_ns, ticks)] - ticks) / 1e6}
+    offset_ms = {s.name: np.abs(s.time_ns[nearest_index(s.time_ns, ticks)] - ticks) / 1e6 for s in joint_streams}
     for camera, i in index.items():
         offset_ms[settings.camera_topics[camera]] = np.abs(camera_ns[camera][i] - ticks) / 1e6
     near = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
-    kept = near & ~_in_joint_gap(joint_ns, ticks, settings)
+    kept = near & ~np.any([_in_joint_gap(s.time_ns, ticks, settings) for s in joint_streams], axis=0)
     if not kept.any():
         worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
         raise BagError(
             f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and joints on "
             f"both sides, at most twice that apart); median offsets: {worst}"
         )
-    moved = np.ptp(joint_rad, axis=0) >= MOVED_RAD
+    moved = np.empty(recording.joint_rad.shape[1], bool)
+    for s in joint_streams:
+        moved[s.joints] = np.ptp(s.rad, axis=0) >= MOVED_RAD
     if not moved.any():
         raise BagError(
             f"{name}: no joint moves by more than {MOVED_RAD:g} rad in the whole recording; "
@@ -118,7 +119,7 @@ def synchronise(
         )
 
     # What the kept frames hold.
-    state, path = _resample_joints(joint_ns, joint_rad, ticks[kept], settings)
+    state, path = _resample_joints(joint_streams, ticks[kept], settings)
     segments = _segments(kept)
     image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
     image_age_s = {c: (ticks[kept] - camera_ns[c][i[kept]]) / 1e9 for c, i in index.items()}
@@ -130,6 +131,7 @@ def synchronise(
         "frames": int(kept.sum()),
         "dropped": int((~kept).sum()),
         "dropped_in_joint_gaps": int((near & ~kept).sum()),
+        "ignored_joint_messages": recording.ignored_joint_messages,
         "segments": len(segments),
         "frames_without_action": len(segments),
         "repeated_images": {
@@ -148,7 +150,7 @@ def synchronise(
             for topic, times in streams.items()
         },
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
-        "still_share": _still_share(joint_ns, joint_rad),
+        "still_share": _still_share(joint_streams),
         "rest_at_start_s": _rest_at_start_s(path, settings.fps),
         "image_age_s": {
             c: {"median": round(float(np.median(age)), 4), "most": round(float(age.max()), 4)}
@@ -197,6 +199,35 @@ def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSetti
     episode.sync_report["joints_across_the_seam"] = names
 
 
+@dataclass
+class _JointStream:
+    """Joints that always come in the same messages, mostly all: M samples, in time order, no two at one time."""
+
+    name: str  # in reports and errors: the topic, and which of its joints if others come apart
+    joints: list[int]  # which ones, of data.joint_names
+    time_ns: np.ndarray  # (M,) int64
+    rad: np.ndarray  # (M, len(joints)) float64
+
+
+def _joint_streams(recording: Recording, settings: BagSettings) -> list[_JointStream]:
+    """The joints' samples apart, as their publishers sent them; of samples at one time the last counts."""
+    present = ~np.isnan(recording.joint_rad)
+    together: dict[bytes, list[int]] = {}  # joints by the rows that have them
+    for joint in range(present.shape[1]):
+        together.setdefault(present[:, joint].tobytes(), []).append(joint)
+    streams: list[_JointStream] = []
+    for joints in together.values():
+        names = ", ".join(settings.joint_names[joint] for joint in joints)
+        name = settings.joint_topic if len(together) == 1 else f"{settings.joint_topic} ({names})"
+        rows = np.flatnonzero(present[:, joints[0]])
+        rows = rows[np.argsort(recording.joint_time_ns[rows], kind="stable")]
+        joint_ns = recording.joint_time_ns[rows]
+        last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
+        rad = recording.joint_rad[np.ix_(rows[last_of_equal], joints)]
+        streams.append(_JointStream(name, joints, joint_ns[last_of_equal], rad))
+    return streams
+
+
 def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
     """For each tick the index of the nearest of the sorted `times_ns` (N >= 1); the earlier one on a tie."""
     right = np.clip(np.searchsorted(times_ns, ticks_ns), 0, len(times_ns) - 1)
@@ -224,11 +255,18 @@ def _segments(kept: np.ndarray) -> np.ndarray:
     return np.array([(kept_so_far[a] - 1, kept_so_far[b - 1]) for a, b in edges.reshape(-1, 2)], np.int64)
 
 
-def _still_share(joint_ns: np.ndarray, joint_rad: np.ndarray) -> float:
+def _still_share(joint_streams: Sequence[_JointStream]) -> float:
     """The share of the recording's time in which every joint was slower than STILL_RAD_PER_S."""
-    speed = np.abs(np.diff(joint_rad, axis=0)).max(axis=1) / (np.diff(joint_ns) / 1e9) if len(joint_ns) > 1 else [0.0]
-    step_s = np.diff(joint_ns) / 1e9 if len(joint_ns) > 1 else [1.0]
-    return round(float(np.average(np.asarray(speed) < STILL_RAD_PER_S, weights=step_s)), 3)
+    times = np.unique(np.concatenate([s.time_ns for s in joint_streams]))  # between two of them no speed changes
+    begin, end = max(s.time_ns[0] for s in joint_streams), min(s.time_ns[-1] for s in joint_streams)
+    times = times[(begin <= times) & (times <= end)]
+    if len(times) < 2:
+        return 1.0
+    still = np.ones(len(times) - 1, bool)
+    for s in joint_streams:
+        speed = np.abs(np.diff(s.rad, axis=0)).max(axis=1) / (np.diff(s.time_ns) / 1e9)
+        still &= (speed < STILL_RAD_PER_S)[np.searchsorted(s.time_ns, times[:-1], side="right") - 1]
+    return round(float(np.average(still, weights=np.diff(times) / 1e9)), 3)
 
 
 def _rest_at_start_s(path_rad: np.ndarray, fps: float) -> float:
@@ -260,7 +298,7 @@ def no_motion(state_rad: np.ndarray, recorded: np.ndarray, wrapped: np.ndarray, 
 
 
 def _resample_joints(
-    joint_ns: np.ndarray, joint_rad: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings
+    joint_streams: Sequence[_JointStream], ticks_ns: np.ndarray, settings: BagSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joint positions at the ticks, with the project's sign applied: as recorded, and without jumps.
 
@@ -269,20 +307,21 @@ def _resample_joints(
          the same path without jumps, (T, J) float64. It is unwrapped along all samples of the recording, so that it
          also counts turns that were made while frames were dropped).
     """
-    revolute = settings.revolute
 
-    def at_ticks(path: np.ndarray) -> np.ndarray:
+    def at_ticks(joint_ns: np.ndarray, path: np.ndarray) -> np.ndarray:
         if settings.joint_resample == "linear":
             elapsed, wanted = (joint_ns - joint_ns[0]).astype(np.float64), (ticks_ns - joint_ns[0]).astype(np.float64)
-            state = np.stack([np.interp(wanted, elapsed, column) for column in path.T], axis=1)
-        else:
-            state = path[nearest_index(joint_ns, ticks_ns)]
-        return state * np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else state
+            return np.stack([np.interp(wanted, elapsed, column) for column in path.T], axis=1)
+        return path[nearest_index(joint_ns, ticks_ns)]
 
-    path = joint_rad.copy()
-    path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-    continuous = at_ticks(path)  # interpolated so, no value lies between +pi and -pi
-    return continuous if settings.wrap_angles else at_ticks(joint_rad), continuous
+    state, continuous = (np.empty((len(ticks_ns), len(settings.joint_names))) for _ in range(2))
+    for s in joint_streams:
+        path, revolute = s.rad.copy(), settings.revolute[s.joints]
+        path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
+        continuous[:, s.joints] = at_ticks(s.time_ns, path)  # interpolated so, no value lies between +pi and -pi
+        state[:, s.joints] = continuous[:, s.joints] if settings.wrap_angles else at_ticks(s.time_ns, s.rad)
+    sign = np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else 1.0
+    return state * sign, continuous * sign
 
 
 def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The door for topics: which ones are read, whether a bag has them, and how a message becomes a time and numbers.
 
-Today that is one joint topic, read by joint name, and the cameras' topics. States or actions from further topics (a
-gripper's own topic, joints split over several publishers, commanded positions) come in here: in wanted_topics(), so
+Today that is one joint topic, read by joint name from whichever message carries the joint, and the cameras' topics.
+States or actions from further topics (a gripper's own topic, commanded positions) come in here: in wanted_topics(), so
 that they are checked as all others are, and as a function beside joint_positions() that turns a message of theirs into
 a row of numbers. reading.py then collects their rows, as it does the joints'.
 
@@ -23,9 +23,10 @@ from .bags import Bag
 from .errors import BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE
 from .settings import BagSettings
-from .storage import Storage, topics_of
+from .storage import Storage, messages, topics_of
 
 JOINT_TYPE = "sensor_msgs/msg/JointState"
+NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
 
 
 def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
@@ -59,6 +60,31 @@ def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
                 f"{bag.name}: metadata.yaml claims {claimed} messages on {topic}, the storage holds {count}; a file is "
                 "missing or the recording broke off; copy it again, or accept what is there with: ros2 bag reindex"
             )
+
+
+def check_joints(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> None:
+    """Every joint of data.joint_names is in some message; reads only until all were seen: mostly one message.
+
+    Said here, a wrong name costs no decoding of pixels.
+
+    Raises:
+        BagError: naming joints that are in no message, and those that are in some.
+    """
+    topic, missing, there = settings.joint_topic, list(settings.joint_names), dict[str, None]()
+    number = 0
+    for number, (_, msgtype, _, raw) in enumerate(messages(bag, readers, {topic}), 1):
+        names = parse_message(raw, msgtype, settings.ros_distro, f"{bag.name}: {topic}, message {number}").name
+        missing = [name for name in missing if name not in names]
+        if not missing:
+            return
+        if len(there) <= NAMES_SHOWN:
+            there |= dict.fromkeys(names)
+    found = list(there)[:NAMES_SHOWN] + ["..."] * (len(there) > NAMES_SHOWN)
+    raise BagError(
+        f"{bag.name}: data.joint_names: joint {', '.join(missing)} is in none of the {number} messages on {topic}; "
+        f"joints that are: {', '.join(found) or 'none at all (their name fields are empty)'}; name some of these, or "
+        "set data.joint_topic to the topic that has yours"
+    )
 
 
 @functools.lru_cache(maxsize=1)  # a new one would compile its decoders again, 10 ms a bag
@@ -109,30 +135,50 @@ def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> i
     return time_ns
 
 
-def joint_positions(
-    message: Any, joint_names: tuple[str, ...], columns: dict[tuple[str, ...], list[int]], where: str
-) -> np.ndarray:
-    """(J,) float64 rad in the order of `joint_names`, picked by name out of a JointState.
+@functools.lru_cache(maxsize=256)  # a driver has one or two; a hostile bag may have another one in each message
+def _columns(names: tuple[str, ...], joint_names: tuple[str, ...]) -> tuple[list[int], list[int], list[str]]:
+    """(which of `joint_names` are among a message's `names`, where there, which of them stand there twice)."""
+    ours = [j for j, name in enumerate(joint_names) if name in names]
+    theirs = [names.index(joint_names[j]) for j in ours]
+    return ours, theirs, [joint_names[j] for j in ours if names.count(joint_names[j]) > 1]
 
-    Drivers publish joints in an order of their own, and it may change from message to message. `columns` is a cache
-    across messages, which starts empty: a message's joint names -> where ours are among them.
+
+def joint_positions(message: Any, joint_names: tuple[str, ...], where: str) -> np.ndarray | None:
+    """(J,) float64 rad in the order of `joint_names`, picked by name out of a JointState; NaN where it has none.
+
+    Drivers publish joints in an order of their own, which may change from message to message, and several publishers
+    on one topic (arm and gripper) each publish only theirs. None: the message has none of the joints.
 
     Raises:
-        BagError: a joint is missing, has no position, or one that is not finite.
+        BagError: it cannot be told which position is whose, or one is not finite.
     """
     names = tuple(message.name)
-    if names not in columns:
-        missing = [n for n in joint_names if n not in names]
-        if missing:
-            raise BagError(
-                f"{where}: joint {', '.join(missing)} is missing; set data.joint_names to names that the message has: "
-                f"{', '.join(names) or 'none at all (its name field is empty)'}"
-            )
-        columns[names] = [names.index(n) for n in joint_names]
+    ours, theirs, twice = _columns(names, joint_names)
+    if not names and len(message.position):
+        raise BagError(
+            f"{where}: of its {len(message.position)} positions none at all has a name (its name field is empty); "
+            "record with a driver that names its joints, or leave it out with data.on_bad_bag: skip"
+        )
+    if not ours:
+        return None
     if len(message.position) != len(names):
-        raise BagError(f"{where}: {len(names)} joint names but {len(message.position)} positions")
-    row = np.asarray(message.position, np.float64)[columns[names]]
-    if not np.isfinite(row).all():
-        bad = [n for n, v in zip(joint_names, row, strict=True) if not np.isfinite(v)]
-        raise BagError(f"{where}: position of {', '.join(bad)} is {row[~np.isfinite(row)][0]}, expected a finite angle")
+        raise BagError(
+            f"{where}: {len(names)} joint names but {len(message.position)} positions, expected one each; which is "
+            "whose cannot be told; record it again, or leave it out with data.on_bad_bag: skip"
+        )
+    if twice:
+        raise BagError(
+            f"{where}: {', '.join(twice)} stands there more than once, expected one position of each joint; record it "
+            "again with names of their own, or leave it out with data.on_bad_bag: skip"
+        )
+    values = np.asarray(message.position, np.float64)[theirs]
+    if not np.isfinite(values).all():
+        bad = [joint_names[j] for j, value in zip(ours, values, strict=True) if not np.isfinite(value)]
+        raise BagError(
+            f"{where}: position of {', '.join(bad)} is {values[~np.isfinite(values)][0]}, expected a finite angle"
+        )
+    if len(ours) == len(joint_names):
+        return values
+    row = np.full(len(joint_names), np.nan)
+    row[ours] = values
     return row

@@ -20,7 +20,7 @@ BAD_SETTINGS = {
     "text for a number": ({"training__steps": "many"}, ["training.steps"]),
     "negative batch": ({"training__batch_size": -1}, ["training.batch_size"]),
     "no GPU": ({"training__device": "cuda"}, ["cuda is not available"]),
-    "missing joint": ({"data__joint_names": "[a, b, c, d, e, f]"}, ["joint a, b, c, d, e, f is missing"]),
+    "missing joint": ({"data__joint_names": "[a, b, c, d, e, f]"}, ["joint a, b, c, d, e, f is in none of the"]),
     "no weights": ({"model__pretrained_backbone": "/no/file.pth"}, ["/no/file.pth"]),
     "no checkpoint": ({"training__resume": "/no/checkpoint"}, ["/no/checkpoint"]),
     "not a directory": ({"training__output_dir": "/dev/null/x"}, ["training.output_dir"]),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rosbag_dataset import BagSettings, cache, cache_key, decoding, find_bags, open_pixels
-from tests.bags import make_take, settings, write_bag
+from tests.bags import JOINT_TOPIC, joint_state, make_take, settings, write_bag
 from tests.checks import LOAD, SLOW_LOAD, TAKE, cut, entries, error_of, load, python
 
 
@@ -32,6 +32,18 @@ def test_second_start_opens_no_bag(bag_dir, monkeypatch):
         np.testing.assert_array_equal(a.state, b.state)
         np.testing.assert_array_equal(a.time_ns, b.time_ns)
         assert a.sync_report == b.sync_report and a.entry == b.entry
+
+
+def test_an_entry_tells_how_many_joint_messages_were_ignored(bag_dir):
+    """...when there were any: other entries are to the letter what they were before that was counted."""
+    gripper = [(JOINT_TOPIC, int(t), joint_state(int(t), [0.1], ["finger_joint"])) for t in TAKE.joint_ns[::2]]
+    write_bag(bag_dir / "c", TAKE.messages() + gripper)
+    for start in ("decoded", "cached"):
+        episodes, _ = load(settings(bag_dir))
+        assert [e.sync_report["ignored_joint_messages"] for e in episodes] == [0, 0, 25], start
+        metas = [json.loads((e.entry / "meta.json").read_text()) for e in episodes]
+        assert list(metas[0]) == ["bag", "image_shape", "source_shape", "first_image"]
+        assert list(metas[2]) == [*metas[0], "ignored_joint_messages"]
 
 
 # -- the key ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rosbag_dataset.inspection import main
-from tests.bags import CAMERA_TOPIC, JOINT_TOPIC, compressed, make_take, storage_file, write_bag
+from tests.bags import CAMERA_TOPIC, JOINT_TOPIC, compressed, joint_state, make_take, storage_file, write_bag
 from tests.checks import ROOT, TAKE
 
 
@@ -70,6 +70,18 @@ def test_inspection_finds_copies(bag_dir, tmp_path, capsys):
     for options in ([], ["--verify"]):
         out = inspect(capsys, bag_dir, *options)[1]
         assert "c is a copy of a" in out and out.count("is a copy of") == 1
+
+
+def test_inspection_says_which_joint_messages_are_ignored(bag_dir, tmp_path, capsys):
+    """Messages of a gripper that is not wanted are counted in one line, and in the report; a joint of theirs can be."""
+    gripper = [(JOINT_TOPIC, int(t), joint_state(int(t), [0.1], ["finger_joint"])) for t in TAKE.joint_ns[::2]]
+    write_bag(bag_dir / "c", TAKE.messages() + gripper)
+    code, out, _ = inspect(capsys, bag_dir, "--json", tmp_path / "report.json")
+    lines = [line for line in out.splitlines() if "ignored" in line]
+    assert (code, len(lines)) == (0, 1)
+    assert "25 messages of data.joint_topic, in 1 of 3 episodes, have none of data.joint_names" in lines[0]
+    episodes = json.loads((tmp_path / "report.json").read_text())["episodes"]
+    assert [episode["ignored_joint_messages"] for episode in episodes] == [0, 0, 25]
 
 
 def test_inspection_finds_sizes_that_differ(bag_dir, capsys):

@@ -18,13 +18,14 @@ from tests.bags import (
     T0_NS,
     Take,
     clock,
+    joint_state,
     make_take,
     noise_images,
     settings,
     smooth_path,
     write_bag,
 )
-from tests.checks import error_of
+from tests.checks import both_storages, error_of
 from tests.episodes import one_joint, sync, turning, without
 
 # -- the grid -----------------------------------------------------------------------------------------------------
@@ -237,6 +238,107 @@ def test_single_frames_between_gaps():
     samples = ChunkDataset([episode], 4)
     assert len(samples) == episode.sync_report["frames"] - 3
     assert 8 not in [samples.locate(i)[1] for i in range(len(samples))]
+
+
+# -- joints of several publishers ---------------------------------------------------------------------------------
+
+WITH_GRIPPER = dict(joint_names=(*JOINTS, "finger_joint"), joint_sign=[1] * 6 + [-1])
+
+
+def finger(t):
+    """A gripper's stroke: in no unit of an angle, and never still."""
+    return 40 + 30 * np.sin(2 * t)
+
+
+def gripper_messages(time_ns):
+    return [(JOINT_TOPIC, int(t), joint_state(int(t), [finger((t - T0_NS) / 1e9)], ["finger_joint"])) for t in time_ns]
+
+
+def by_hand(time_ns, samples_ns, values):
+    """Linear interpolation, written out."""
+    want = np.empty(len(time_ns))
+    for i, t in enumerate(time_ns.tolist()):
+        before = max(k for k, s in enumerate(samples_ns.tolist()) if s <= t)
+        after = min(before + 1, len(samples_ns) - 1)
+        step = max(1, int(samples_ns[after] - samples_ns[before]))
+        want[i] = values[before] + (values[after] - values[before]) * (t - int(samples_ns[before])) / step
+    return want
+
+
+@both_storages
+def test_arm_and_gripper_on_one_topic(tmp_path, storage):
+    """Each joint is interpolated between its own messages, some of which have the same time as another's.
+
+    The second start, from the cache, gives the same; the report has a line for either publisher.
+    """
+    take, gripper_ns = make_take(seconds=1.0), clock(1.0, 20)
+    assert np.isin(gripper_ns, take.joint_ns).any()
+    messages = sorted(gripper_messages(gripper_ns) + take.messages(), key=lambda m: m[1])
+    write_bag(tmp_path / "bags" / "a", messages, storage)
+    wanted = settings(tmp_path / "bags", wrap_angles=False, apply_joint_sign=True, **WITH_GRIPPER)
+    (episode,), _ = load_episodes(wanted, 1, False)
+    t = episode.time_ns
+    for j in range(6):
+        np.testing.assert_allclose(episode.state[:, j], by_hand(t, take.joint_ns, take.joint_rad[:, j]), atol=1e-6)
+    want = by_hand(t, gripper_ns, finger((gripper_ns - T0_NS) / 1e9))
+    np.testing.assert_allclose(episode.state[:, 6], -want, rtol=1e-6)
+    np.testing.assert_allclose(episode.action[:-1, 6], -np.diff(want), atol=1e-5)
+    report = episode.sync_report
+    assert (report["dropped"], report["ignored_joint_messages"], report["segments"]) == (0, 0, 1)
+    arm, gripper = f"{JOINT_TOPIC} ({', '.join(JOINTS)})", f"{JOINT_TOPIC} (finger_joint)"
+    assert list(report["topics"]) == [arm, gripper, CAMERA_TOPIC]
+    assert [report["topics"][name]["messages"] for name in (arm, gripper)] == [125, 20]
+    assert report["topics"][gripper]["rate_hz"] == pytest.approx(20)
+    assert "125.0/20.0" in sync_table([report])
+    (again,), _ = load_episodes(wanted, 1, False)
+    np.testing.assert_array_equal(again.state, episode.state)
+    assert (again.sync_report, again.recording_hash) == (report, episode.recording_hash)
+
+
+@pytest.mark.parametrize("resample", ["linear", "nearest"])
+def test_messages_with_any_of_the_joints(resample):
+    """Each message has some joints: each joint's state is that of a recording of it alone."""
+    take, rng = make_take(seconds=2.0), np.random.default_rng(4)
+    take.joint_rad[rng.random(take.joint_rad.shape) < 0.4] = np.nan
+    episode = sync(take, joint_resample=resample, wrap_angles=False)
+    assert episode.sync_report["dropped"] == 0
+    for j in range(6):
+        there = ~np.isnan(take.joint_rad[:, j])
+        times, values = take.joint_ns[there], take.joint_rad[there, j]
+        if resample == "linear":
+            want = np.interp(episode.time_ns - T0_NS, times - T0_NS, values)
+        else:
+            want = values[np.abs(times[None] - episode.time_ns[:, None]).argmin(axis=1)]
+        np.testing.assert_allclose(episode.state[:, j], want, atol=1e-6)
+
+
+@both_storages
+def test_a_gap_of_one_joint_drops_the_frames_in_it(tmp_path, storage):
+    """The gripper is silent for 0.6 s while the arm goes on: those frames go, all others stay."""
+    take, gripper_ns = make_take(seconds=3.0), clock(3.0, 50)
+    silent = (gripper_ns >= T0_NS + 10**9) & (gripper_ns <= T0_NS + 16 * 10**8)
+    before, after = gripper_ns[~silent & (gripper_ns < T0_NS + 10**9)], gripper_ns[gripper_ns > T0_NS + 16 * 10**8]
+    messages = take.messages() + gripper_messages([*before, *after])
+    write_bag(tmp_path / "bags" / "a", sorted(messages, key=lambda m: m[1]), storage)
+    (episode,), _ = load_episodes(settings(tmp_path / "bags", **WITH_GRIPPER), 1, False)
+    ticks = take.camera_ns  # at the camera's own rate every image is a frame
+    in_gap = (ticks > before[-1]) & (ticks < after[0])
+    np.testing.assert_array_equal(episode.time_ns, ticks[~in_gap])
+    report = episode.sync_report
+    assert (report["dropped"], report["segments"]) == (in_gap.sum(), 2) and report["dropped_in_joint_gaps"] > 0
+    np.testing.assert_allclose(episode.state[:, 6], finger((episode.time_ns - T0_NS) / 1e9), rtol=1e-3)
+
+
+def test_a_joint_of_which_hardly_anything_is_there():
+    """The line gives the time in which each publisher sent; one message alone makes one frame, no crash."""
+    take = make_take(seconds=2.0)
+    late = dataclasses.replace(take, joint_rad=take.joint_rad.copy())
+    late.joint_rad[:-1, 5] = np.nan
+    late.camera_ns = take.camera_ns - 100_000_000  # ends before the last joint message
+    message = error_of(lambda: sync(late))
+    assert f"{JOINT_TOPIC} (wrist_3_joint) 1700000001.992 to 1700000001.992 s" in message
+    late.camera_ns[-1] = late.joint_ns[-1]
+    assert sync(late).sync_report["frames"] == 1
 
 
 # -- conventions --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rosbag_dataset import load_episodes
+from rosbag_dataset import find_bags, load_episodes, read_bag
 from tests.bags import (
     CAMERA_TOPIC,
     JOINT_TOPIC,
@@ -17,7 +17,7 @@ from tests.bags import (
     settings,
     write_bag,
 )
-from tests.checks import TAKE, error_of, read, sql
+from tests.checks import TAKE, both_storages, error_of, read, sql
 
 # -- joints -------------------------------------------------------------------------------------------------------
 
@@ -65,19 +65,16 @@ def test_velocity_and_effort_may_be_empty(tmp_path):
 @pytest.mark.parametrize(
     ("values", "names", "words"),
     [
-        (range(5), JOINTS[:5], ["wrist_3_joint is missing", "wrist_2_joint", "data.joint_names"]),
-        (
-            range(6),
-            [f"ur_{n}" for n in JOINTS],
-            ["has: ur_shoulder_pan_joint, ur_shoulder_lift_joint"],
-        ),
         (range(6), (), ["none at all", "name field is empty"]),
         (range(5), JOINTS, ["6 joint names but 5 positions"]),
         ((), JOINTS, ["6 joint names but 0 positions"]),
         ((0, 1, np.nan, 3, 4, 5), JOINTS, ["elbow_joint is nan"]),
         ((0, 1, 2, 3, 4, -np.inf), JOINTS, ["wrist_3_joint is -inf"]),
+        ((0, 1), ["wheel", "elbow_joint"][::-1] * 2, ["4 joint names but 2 positions"]),
+        ((0, 1, 1), ["wheel", "elbow_joint", "elbow_joint"], ["elbow_joint stands there more than once"]),
+        ((0, np.nan), ["wheel", "elbow_joint"], ["elbow_joint is nan"]),
     ],
-    ids=["one-missing", "prefix", "no-names", "short", "no-positions", "nan", "inf"],
+    ids=["no-names", "short", "no-positions", "nan", "inf", "short-subset", "twice", "nan-subset"],
 )
 def test_bad_joints(tmp_path, values, names, words):
     """A bad JointState anywhere is refused, with the bag, topic, message and joint in the line."""
@@ -86,6 +83,74 @@ def test_bad_joints(tmp_path, values, names, words):
     message = error_of(lambda: read(bag_dir))
     assert message.startswith(f"a: {JOINT_TOPIC}, message 3: ")
     assert all(word in message for word in words), message
+
+
+GRIPPER = ("finger_joint",)
+
+
+def test_each_joint_comes_from_the_messages_that_have_it(tmp_path):
+    """Any subset, in any order: a row per message that has one, NaN where it has not; the others are counted."""
+    recording, _ = read(
+        joint_bag(
+            tmp_path,
+            joint_state(T0_NS, [1, 2], ["wheel", "elbow_joint"]),
+            joint_state(T0_NS, [3], ["wheel"]),
+            joint_state(T0_NS, [4, 5], ["shoulder_pan_joint", "elbow_joint"]),
+            joint_state(T0_NS, [], ["wheel"]),  # of joints that nobody wants it may lack positions,
+            joint_state(T0_NS, [6, 7], ["wheel", "wheel"]),  # name one twice,
+            joint_state(T0_NS, [], []),  # or hold nothing
+            joint_state(T0_NS, [8], ["shoulder_pan_joint"]),
+        ),
+        joint_names=("shoulder_pan_joint", "elbow_joint"),
+    )
+    np.testing.assert_array_equal(recording.joint_rad, [[np.nan, 2], [4, 5], [8, np.nan]])
+    np.testing.assert_array_equal(recording.joint_time_ns - T0_NS, [0, 2 * 10**7, 6 * 10**7])
+    assert recording.ignored_joint_messages == 4
+
+
+@both_storages
+@pytest.mark.parametrize("time_source", ["receive", "header"])
+def test_messages_of_a_gripper_that_is_not_wanted(tmp_path, storage, time_source):
+    """They change nothing: joints, times and hash are those of a bag without them, even if their header has no time."""
+    gripper = [(JOINT_TOPIC, int(t), joint_state(0, [0.1], GRIPPER)) for t in TAKE.joint_ns[1::3] + 10**6]
+    for name, more in (("alone", []), ("with", gripper)):
+        write_bag(tmp_path / name / "a", sorted(TAKE.messages() + more, key=lambda m: m[1]), storage)
+    alone, both = (read(tmp_path / name, time_source=time_source)[0] for name in ("alone", "with"))
+    np.testing.assert_array_equal(both.joint_time_ns, TAKE.joint_ns)
+    np.testing.assert_array_equal(both.joint_rad, TAKE.joint_rad)
+    assert both.sha256() == alone.sha256()
+    assert (alone.ignored_joint_messages, both.ignored_joint_messages) == (0, len(gripper))
+
+
+@both_storages
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([*JOINTS, "finger"], ["joint finger is in none of the 67 ", f"are: {', '.join(JOINTS)}, finger_joint;"]),
+        ([f"ur_{n}" for n in JOINTS], ["joint ur_shoulder_pan_joint, ur_shoulder_lift", "are: shoulder_pan_joint"]),
+    ],
+    ids=["one", "all"],
+)  # fmt: skip
+def test_a_joint_that_never_appears(tmp_path, storage, names, words):
+    """The line names it, the topic and the joints that do appear there; it is said before a pixel is decoded."""
+    gripper = [(JOINT_TOPIC, int(t), joint_state(int(t), [0.1], GRIPPER)) for t in TAKE.joint_ns[1::3] + 10**6]
+    write_bag(tmp_path / "bags" / "a", TAKE.messages() + gripper, storage)
+    (bag,), pixels = find_bags(tmp_path / "bags"), []
+    wanted = settings(tmp_path / "bags", joint_names=names)
+    message = error_of(lambda: read_bag(bag, wanted, lambda camera, rgb: pixels.append(camera)))
+    assert message.startswith("a: data.joint_names: ") and f"on {JOINT_TOPIC}; " in message and not pixels
+    assert all(word in message for word in [*words, "set data.joint_topic"]), message
+
+
+def test_a_topic_without_joints(tmp_path):
+    """No name in any message is said as such, and of thousands of names a line holds a few."""
+    empty = joint_state(T0_NS, [], [])
+    assert "none at all (their name fields are empty)" in error_of(
+        lambda: read(joint_bag(tmp_path / "0", empty, empty))
+    )
+    many = joint_state(T0_NS, np.zeros(5000), [f"joint_{i}" for i in range(5000)])
+    message = error_of(lambda: read(joint_bag(tmp_path / "1", many)))
+    assert "joint_59, ...; name some" in message and "joint_60" not in message
 
 
 # -- time ---------------------------------------------------------------------------------------------------------
