@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import sqlite3
 import sys
 import tempfile
@@ -108,7 +109,7 @@ class _SchemasWithoutDefinitions(dict):
 
 
 def _mcap_with_limits() -> Any:
-    """rosbags' mcap module once more, for us alone: unpacking a chunk is a function in it, and has no limit there."""
+    """rosbags' mcap module once more, for us alone: its functions unpack chunks without a limit and sort messages."""
     spec = importlib.util.find_spec("rosbags.rosbag2.storage_mcap")
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
@@ -118,6 +119,10 @@ def _mcap_with_limits() -> Any:
         "lz4": lambda data, size: lz4.frame.LZ4FrameDecompressor().decompress(data, _chunk_limit(size) + 1),
         "zstd": lambda data, size: unpack(data, _chunk_limit(size), "a chunk"),
     }
+    # It sorts messages by time, within chunks and then between them. We want them as they were recorded: once they are
+    # sorted, nobody sees that a clock was set back. (What it sorts without a key is no messages.)
+    module.sorted = lambda found, key=None: found if key else sorted(found)
+    module.heapq = SimpleNamespace(merge=itertools.chain)
     return module
 
 
@@ -136,8 +141,9 @@ class _Mcap(McapReader):
         self.schemas = _SchemasWithoutDefinitions()
 
     def open(self) -> None:
-        """Read the index, and refuse one that names the same chunk again and again, to be unpacked each time."""
+        """Read the index, in the file's order; refuse one that names a chunk again and again, to unpack each time."""
         super().open()
+        self.chunks.sort(key=lambda chunk: chunk.chunk_start_offset)
         size = Path(self.path).stat().st_size
         unpacked, limit = sum(chunk.uncompressed_size for chunk in self.chunks), _unpack_limit(size)
         if unpacked > limit:
@@ -275,7 +281,8 @@ def storage_errors(bag: Bag, file: Path) -> Generator[None]:
 def messages(bag: Bag, readers: Sequence[Storage], topics: set[str]) -> Iterator[tuple[str, str, int, bytes]]:
     """(topic, message type, receive time in ns, CDR bytes) of each message of `topics`, file by file.
 
-    CDR is how ROS 2 writes a message as bytes. Order within a file is the library's; nothing downstream depends on it.
+    CDR is how ROS 2 writes a message as bytes. Within a file they come as they were recorded. All that depends on this
+    is how a clock that was set back is noticed (synchronisation.py).
 
     Raises:
         BagError: a file is damaged.

@@ -20,6 +20,11 @@ from .settings import BagSettings
 MOVED_RAD = 1e-3  # a joint whose whole range in an episode is below this "never moved" (encoder noise is ~1e-5)
 STILL_RAD_PER_S = 3e-3  # a frame in which every joint is slower than this is "still"
 MAX_EPISODE_S = 24 * 3600.0  # longer recordings are broken time stamps
+# UR joints turn by 2 pi to either side. Some drivers count on, hence the margin; a pose of which every angle is below
+# 15.7 degrees, an arm stretched out flat, is none that anybody works in.
+MAX_UR_RAD = 5 * np.pi
+# A message may be late, by milliseconds. A clock that is set back by more than this is not put in order again.
+MAX_LATE_NS, MAX_OVERLAP_NS = 500_000_000, 50_000_000
 
 
 @dataclass
@@ -72,10 +77,16 @@ def synchronise(
         angle_reference_rad: (J,) as in refer_angles(); None is 0 for every joint.
 
     Raises:
-        BagError: topics that do not overlap in time, broken time stamps, no joint that moves, no frame left.
+        BagError: topics that do not overlap in time, broken time stamps, a clock that was set back, positions in
+            degrees, no joint that moves, no frame left.
     """
     tick_ns = 1e9 / settings.fps
     joint_streams = _joint_streams(recording, settings)
+    for stream in joint_streams:
+        _check_clock(f"{name}: {stream.name}", stream.recorded_ns, settings)
+    for camera, times in recording.camera_time_ns.items():
+        _check_clock(f"{name}: {settings.camera_topics[camera]}", times, settings)
+    _check_unit(name, joint_streams, settings)
     camera_order = {c: np.argsort(t, kind="stable") for c, t in recording.camera_time_ns.items()}
     camera_ns = {c: t[camera_order[c]] for c, t in recording.camera_time_ns.items()}
 
@@ -205,6 +216,7 @@ class _JointStream:
 
     name: str  # in reports and errors: the topic, and which of its joints if others come apart
     joints: list[int]  # which ones, of data.joint_names
+    recorded_ns: np.ndarray  # int64, as recorded: in the order of the file, with the same time twice or not
     time_ns: np.ndarray  # (M,) int64
     rad: np.ndarray  # (M, len(joints)) float64
 
@@ -220,12 +232,58 @@ def _joint_streams(recording: Recording, settings: BagSettings) -> list[_JointSt
         names = ", ".join(settings.joint_names[joint] for joint in joints)
         name = settings.joint_topic if len(together) == 1 else f"{settings.joint_topic} ({names})"
         rows = np.flatnonzero(present[:, joints[0]])
-        rows = rows[np.argsort(recording.joint_time_ns[rows], kind="stable")]
+        recorded_ns = recording.joint_time_ns[rows]
+        rows = rows[np.argsort(recorded_ns, kind="stable")]
         joint_ns = recording.joint_time_ns[rows]
         last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
         rad = recording.joint_rad[np.ix_(rows[last_of_equal], joints)]
-        streams.append(_JointStream(name, joints, joint_ns[last_of_equal], rad))
+        streams.append(_JointStream(name, joints, recorded_ns, joint_ns[last_of_equal], rad))
     return streams
+
+
+def _check_clock(where: str, recorded_ns: np.ndarray, settings: BagSettings) -> None:
+    """The clock was not set back while (N,) messages were recorded: sorted by time, two motions would be one.
+
+    Files that are read in a wrong order step back as well, but to times that no other has: sorting puts those right.
+
+    Raises:
+        BagError: it was, saying when and by how much.
+    """
+    steps = np.diff(recorded_ns)
+    back = np.flatnonzero(steps < -MAX_LATE_NS) + 1
+    if not len(back):
+        return
+    runs = np.append(0, back)  # where each stretch between two steps back begins
+    first, last = np.minimum.reduceat(recorded_ns, runs), np.maximum.reduceat(recorded_ns, runs)
+    order = np.argsort(first, kind="stable")
+    if (np.maximum.accumulate(last[order])[:-1] - first[order][1:] <= MAX_OVERLAP_NS).all():
+        return
+    at = int(steps.argmin())
+    other = "header" if settings.time_source == "receive" else "receive"
+    raise BagError(
+        f"{where}: the clock steps back by {-steps[at] / 1e9:.3f} s after message {at + 1}, from "
+        f"{recorded_ns[at] / 1e9:.3f} to {recorded_ns[at + 1] / 1e9:.3f} s, and that time was recorded twice; record "
+        f"it again, take the other clock with data.time_source: {other} if nobody set that one, or leave it out with "
+        "data.on_bad_bag: skip"
+    )
+
+
+def _check_unit(name: str, joint_streams: Sequence[_JointStream], settings: BagSettings) -> None:
+    """The arm's joints are where a UR's can be.
+
+    Raises:
+        BagError: one is beyond, as in a recording in degrees.
+    """
+    for s in joint_streams:
+        far = np.abs(s.rad) * settings.revolute[s.joints]
+        at, joint = np.unravel_index(far.argmax(), far.shape)
+        if far[at, joint] > MAX_UR_RAD:
+            what = "looks like degrees" if far[at, joint] < 1000 else "is no angle"
+            raise BagError(
+                f"{name}: {settings.joint_topic}: {settings.joint_names[s.joints[joint]]} is {s.rad[at, joint]:.6g} at "
+                f"{s.time_ns[at] / 1e9:.3f} s, which {what}; expected rad, a UR joint's from -6.28 to 6.28; record "
+                "positions in rad (degrees x pi / 180), or leave it out with data.on_bad_bag: skip"
+            )
 
 
 def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:

@@ -504,6 +504,75 @@ def test_broken_stamps():
     assert sync(stretched).sync_report["frames"] > 10
 
 
+def set_back(times_ns, at_s=2.0, by_s=1.5):
+    """Times by a clock that is set back, once, `at_s` after the start."""
+    return np.where(times_ns - T0_NS < at_s * 1e9, times_ns, times_ns - round(by_s * 1e9))
+
+
+@both_storages
+def test_a_clock_that_is_set_back(tmp_path, storage):
+    """Two motions at one time, were they sorted: refused with time and size, cached or not; the other clock is fine."""
+    take = make_take(seconds=3.0, size=(80, 100))  # of several chunks in an mcap
+    messages = take.messages()
+    stepped = [(topic, int(set_back(np.int64(n))), message) for topic, n, message in messages]
+    write_bag(tmp_path / "bags" / "a", stepped, storage)
+    for _ in range(2):
+        message = error_of(lambda: load_episodes(settings(tmp_path / "bags"), 1, False))
+        assert message.startswith(
+            f"a: {JOINT_TOPIC}: the clock steps back by 1.492 s after message 250, from 1700000001.992"
+        )
+        assert "to 1700000000.500 s" in message and "data.time_source: header" in message
+    write_bag(tmp_path / "right" / "a", messages, storage)
+    by_header, right = (
+        load_episodes(settings(tmp_path / name, time_source="header"), 1, False)[0][0] for name in ("bags", "right")
+    )
+    np.testing.assert_array_equal(by_header.state, right.state)
+
+
+@pytest.mark.parametrize("who", ["camera", "one joint"])
+def test_any_clock_that_is_set_back(who):
+    """A camera's header, or that of one publisher of several: named."""
+    take = make_take(seconds=3.0, size=(2, 2))
+    if who == "camera":
+        take.camera_ns = set_back(take.camera_ns)
+    else:
+        take.joint_rad[::2, 5], take.joint_rad[1::2, :5] = np.nan, np.nan
+        take.joint_ns[1::2] = set_back(take.joint_ns[1::2])
+    message = error_of(lambda: sync(take, time_source="header"))
+    assert message.startswith(f"a: {CAMERA_TOPIC if who == 'camera' else f'{JOINT_TOPIC} (wrist_3_joint)'}: the clock")
+    assert "data.time_source: receive" in message
+
+
+LATE = {  # orders of 375 messages in the file
+    "single messages": np.argsort(np.arange(375) + 3 * (np.arange(375) % 7 == 0), kind="stable"),
+    "files in a wrong order": np.roll(np.arange(375), -195),
+    "files that overlap by a message": [193, *range(195, 375), *range(193), 194],
+}
+
+
+@pytest.mark.parametrize("order", LATE.values(), ids=list(LATE))
+def test_messages_that_are_late_are_put_in_order(order):
+    """By some milliseconds, or because a split recording's files were read in another order: as if they were not."""
+    take = make_take(seconds=3.0, size=(2, 2))
+    mixed = dataclasses.replace(take, joint_ns=take.joint_ns[order], joint_rad=take.joint_rad[order])
+    assert np.diff(mixed.joint_ns).min() < 0 and len(mixed.joint_ns) == 375
+    np.testing.assert_array_equal(sync(mixed).state, sync(take).state)
+
+
+@pytest.mark.parametrize("wrong", [np.degrees(1.2), -400.0, 1e300])
+def test_positions_in_degrees(wrong):
+    """An arm beyond what a UR can reach is refused, naming bag, joint, value and time; a gripper is no angle."""
+    take = make_take(seconds=1.0)
+    take.joint_rad[60, 2] = wrong
+    message = error_of(lambda: sync(take))
+    assert message.startswith(f"a: {JOINT_TOPIC}: elbow_joint is {wrong:.6g} at 1700000000.480 s, which ")
+    assert ("is no angle" if wrong == 1e300 else "looks like degrees") in message and "pi / 180" in message
+    if wrong != 1e300:
+        sync(take, joint_names=(*JOINTS[:2], "finger_joint", *JOINTS[3:]))
+    two_turns = make_take(seconds=1.0, path=lambda t: smooth_path(t) + 4 * np.pi)  # a driver that counts turns
+    assert sync(two_turns).sync_report["dropped"] == 0
+
+
 def test_no_frame_within_the_offset():
     """Topics that overlap but never come near each other: the offsets are said."""
     take = make_take(seconds=2.0, joint_hz=2)
