@@ -83,6 +83,13 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 f"note: {report['episode']}: {report['dropped_in_joint_gaps']} frames dropped in gaps of the joints "
                 "longer than twice data.max_offset_ms"
             )
+        if report["joint_jumps"]:
+            step = report["fastest_joint_step"]
+            lines.append(
+                f"note: {report['episode']}: cut at {report['joint_jumps']} jumps of the joints ({step['joint']} by "
+                f"{step['rad']:.3f} rad at {step['at_s']:.3f} s, {step['rad_per_s']:.0f} rad/s), "
+                f"{report['dropped_at_joint_jumps']} frames dropped"
+            )
     if ignored := sum(report["ignored_joint_messages"] for report in sync_reports):
         count = sum(report["ignored_joint_messages"] > 0 for report in sync_reports)
         lines.append(

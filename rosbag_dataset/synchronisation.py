@@ -25,6 +25,9 @@ MAX_EPISODE_S = 24 * 3600.0  # longer recordings are broken time stamps
 MAX_UR_RAD = 5 * np.pi
 # A message may be late, by milliseconds. A clock that is set back by more than this is not put in order again.
 MAX_LATE_NS, MAX_OVERLAP_NS = 500_000_000, 50_000_000
+# A UR10e's joints turn by at most 2.1 to 3.15 rad/s. Messages that are lost, late or out of order make a step between
+# two of them look up to three times as fast. What is beyond is a jump: a few are cut out, more have a cause to find.
+MAX_UR_RAD_PER_S, MAX_JUMPS = 10.0, 10
 
 
 @dataclass
@@ -78,7 +81,7 @@ def synchronise(
 
     Raises:
         BagError: topics that do not overlap in time, broken time stamps, a clock that was set back, positions in
-            degrees, no joint that moves, no frame left.
+            degrees, a joint that jumps again and again, no joint that moves, no frame left.
     """
     tick_ns = 1e9 / settings.fps
     joint_streams = _joint_streams(recording, settings)
@@ -113,12 +116,22 @@ def synchronise(
     for camera, i in index.items():
         offset_ms[settings.camera_topics[camera]] = np.abs(camera_ns[camera][i] - ticks) / 1e6
     near = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
-    kept = near & ~np.any([_in_joint_gap(s.time_ns, ticks, settings) for s in joint_streams], axis=0)
-    if not kept.any():
+    whole = near & ~np.any([_in_joint_gap(s.time_ns, ticks, settings) for s in joint_streams], axis=0)
+    if not whole.any():
         worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
         raise BagError(
             f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and joints on "
             f"both sides, at most twice that apart); median offsets: {worst}"
+        )
+    fastest, jumps = _fast_steps(joint_streams, begin, end, settings)
+    kept = whole & ~_at_jumps(jumps, ticks)
+    if fastest is not None and (len(jumps) > MAX_JUMPS or not kept.any()):
+        raise BagError(
+            f"{name}: {settings.joint_topic}: {fastest['joint']} jumps by {fastest['rad']:.3f} rad at "
+            f"{begin / 1e9 + fastest['at_s']:.3f} s ({fastest['rad_per_s']:.0f} rad/s), one of {len(jumps)} steps "
+            f"faster than {MAX_UR_RAD_PER_S:g} rad/s, which no UR makes; two publishers that take turns look so, see: "
+            f"ros2 topic info -v {settings.joint_topic}; record with one of them, or leave this recording out with "
+            "data.on_bad_bag: skip"
         )
     moved = np.empty(recording.joint_rad.shape[1], bool)
     for s in joint_streams:
@@ -141,7 +154,10 @@ def synchronise(
         "image_size": {c: list(shape) for c, shape in recording.image_shape.items()},
         "frames": int(kept.sum()),
         "dropped": int((~kept).sum()),
-        "dropped_in_joint_gaps": int((near & ~kept).sum()),
+        "dropped_in_joint_gaps": int((near & ~whole).sum()),
+        "dropped_at_joint_jumps": int((whole & ~kept).sum()),
+        "joint_jumps": len(jumps),
+        "fastest_joint_step": fastest,
         "ignored_joint_messages": recording.ignored_joint_messages,
         "segments": len(segments),
         "frames_without_action": len(segments),
@@ -218,12 +234,13 @@ class _JointStream:
     joints: list[int]  # which ones, of data.joint_names
     recorded_ns: np.ndarray  # int64, as recorded: in the order of the file, with the same time twice or not
     time_ns: np.ndarray  # (M,) int64
-    rad: np.ndarray  # (M, len(joints)) float64
+    rad: np.ndarray  # (M, len(joints)) float64, as recorded
+    path_rad: np.ndarray  # the same without jumps by a turn
 
 
 def _joint_streams(recording: Recording, settings: BagSettings) -> list[_JointStream]:
     """The joints' samples apart, as their publishers sent them; of samples at one time the last counts."""
-    present = ~np.isnan(recording.joint_rad)
+    present, angles = ~np.isnan(recording.joint_rad), settings.revolute
     together: dict[bytes, list[int]] = {}  # joints by the rows that have them
     for joint in range(present.shape[1]):
         together.setdefault(present[:, joint].tobytes(), []).append(joint)
@@ -236,8 +253,10 @@ def _joint_streams(recording: Recording, settings: BagSettings) -> list[_JointSt
         rows = rows[np.argsort(recorded_ns, kind="stable")]
         joint_ns = recording.joint_time_ns[rows]
         last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
-        rad = recording.joint_rad[np.ix_(rows[last_of_equal], joints)]
-        streams.append(_JointStream(name, joints, recorded_ns, joint_ns[last_of_equal], rad))
+        rad, revolute = recording.joint_rad[np.ix_(rows[last_of_equal], joints)], angles[joints]
+        path = rad.copy()
+        path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
+        streams.append(_JointStream(name, joints, recorded_ns, joint_ns[last_of_equal], rad, path))
     return streams
 
 
@@ -284,6 +303,50 @@ def _check_unit(name: str, joint_streams: Sequence[_JointStream], settings: BagS
                 f"{s.time_ns[at] / 1e9:.3f} s, which {what}; expected rad, a UR joint's from -6.28 to 6.28; record "
                 "positions in rad (degrees x pi / 180), or leave it out with data.on_bad_bag: skip"
             )
+
+
+def _fast_steps(
+    joint_streams: Sequence[_JointStream], begin: int, end: int, settings: BagSettings
+) -> tuple[dict[str, Any] | None, np.ndarray]:
+    """The fastest step of a UR joint from one message to its next, between two times in ns, and those no UR makes.
+
+    Of joints in other units nothing is known. A step takes at least the mean time between messages: they may arrive in
+    bursts, with hardly any time in between.
+
+    Returns:
+        (its "joint", "rad_per_s", "rad" and "at_s" after `begin`; None if there is no step,
+         (N, 2) int64 ns: of each jump, the times of the messages before and after it).
+    """
+    fastest, jumps = None, [np.zeros((0, 2), np.int64)]
+    for s in joint_streams:
+        arm = np.flatnonzero(settings.revolute[s.joints])
+        inside = np.flatnonzero((s.time_ns[1:] >= begin) & (s.time_ns[:-1] <= end))
+        if not len(arm) or not len(inside):
+            continue
+        before, after = s.time_ns[inside], s.time_ns[inside + 1]
+        mean_ns = (s.time_ns[-1] - s.time_ns[0]) / (len(s.time_ns) - 1)
+        step_rad = np.abs(np.diff(s.path_rad[:, arm], axis=0))[inside]
+        speed = step_rad / (np.maximum(after - before, mean_ns) / 1e9)[:, None]
+        at, joint = np.unravel_index(speed.argmax(), speed.shape)
+        if fastest is None or speed[at, joint] > fastest["rad_per_s"]:
+            fastest = {
+                "joint": settings.joint_names[s.joints[arm[joint]]],
+                "rad_per_s": round(float(speed[at, joint]), 3),
+                "rad": round(float(step_rad[at, joint]), 4),
+                "at_s": round(float(after[at] - begin) / 1e9, 3),
+            }
+        fast = speed.max(axis=1) > MAX_UR_RAD_PER_S
+        jumps.append(np.stack([before[fast], after[fast]], axis=1))
+    return fastest, np.concatenate(jumps)
+
+
+def _at_jumps(jumps: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
+    """(T,) bool: the ticks within a jump (N, 2), and the first one after it: no action may lead across."""
+    at = np.zeros(len(ticks_ns), bool)
+    first, last = np.searchsorted(ticks_ns, jumps[:, 0], side="right"), np.searchsorted(ticks_ns, jumps[:, 1])
+    for a, b in zip(first, last, strict=True):
+        at[a : b + 1] = True
+    return at
 
 
 def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
@@ -374,9 +437,7 @@ def _resample_joints(
 
     state, continuous = (np.empty((len(ticks_ns), len(settings.joint_names))) for _ in range(2))
     for s in joint_streams:
-        path, revolute = s.rad.copy(), settings.revolute[s.joints]
-        path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-        continuous[:, s.joints] = at_ticks(s.time_ns, path)  # interpolated so, no value lies between +pi and -pi
+        continuous[:, s.joints] = at_ticks(s.time_ns, s.path_rad)  # interpolated so, no value lies between +pi and -pi
         state[:, s.joints] = continuous[:, s.joints] if settings.wrap_angles else at_ticks(s.time_ns, s.rad)
     sign = np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else 1.0
     return state * sign, continuous * sign

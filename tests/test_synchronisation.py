@@ -341,6 +341,57 @@ def test_a_joint_of_which_hardly_anything_is_there():
     assert sync(late).sync_report["frames"] == 1
 
 
+# -- jumps of the joints ------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_step_is_measured():
+    """Of the arm's joints, in rad/s; a gripper has another unit. Messages that arrive in pairs look no faster."""
+    take = one_joint(lambda t: np.sin(2.4 * t), joint=4)
+    fastest = sync(take).sync_report["fastest_joint_step"]
+    assert fastest["joint"] == "wrist_2_joint" and fastest["rad_per_s"] == pytest.approx(2.4, rel=1e-3)
+    assert fastest["rad"] == pytest.approx(2.4 / 125, rel=1e-2)
+    assert abs(np.cos(2.4 * (fastest["at_s"] + 0.016))) > 0.999, "the time after the step, counted from the first image"
+    take.joint_ns[:-1:2] = take.joint_ns[1::2] - 100_000
+    report = sync(take).sync_report
+    assert report["fastest_joint_step"]["rad_per_s"] < 5 and report["joint_jumps"] == 0
+    names = (*JOINTS[:4], "finger_joint", JOINTS[5])
+    assert sync(take, joint_names=names).sync_report["fastest_joint_step"]["rad_per_s"] == 0
+
+
+@pytest.mark.parametrize("mode", ["delta", "absolute", "relative"])
+@pytest.mark.parametrize("kind", ["glitch", "teleport"])
+def test_a_jump_of_a_joint_is_cut_out(kind, mode):
+    """No state is off the true path and no action leads across; only the frames at the jump go; the table says so."""
+    take = one_joint(lambda t: 0.3 * np.sin(t), seconds=2.0)
+    jump = slice(125, 126 if kind == "glitch" else None)
+    take.joint_rad[jump, 0] += 0.4
+    episode = sync(take, action_mode=mode)
+    report = episode.sync_report
+    assert report["dropped"] == report["dropped_at_joint_jumps"] <= 2 and report["segments"] == 2
+    assert report["joint_jumps"] == (2 if kind == "glitch" else 1)
+    t = (episode.time_ns - T0_NS) / 1e9
+    true = 0.3 * np.sin(t) + (0.4 * (t >= 1) if kind == "teleport" else 0)
+    np.testing.assert_allclose(episode.state[:, 0], true, atol=1e-4)
+    samples = ChunkDataset([episode], 10, images=False)
+    chunks = np.stack([samples[i]["action"][:, 0] for i in range(len(samples))])
+    moves = {"delta": chunks, "absolute": chunks - 0.4 * (chunks > 0.35), "relative": chunks}[mode]
+    assert np.abs(moves).max() < 0.32, "none is 0.4 and more"
+    text = sync_table([report])
+    assert f"a: cut at {report['joint_jumps']} jumps of the joints (shoulder_pan_joint by 0.40" in text
+    assert f"{report['dropped']} frames dropped" in text.split("cut at")[1]
+
+
+@both_storages
+def test_two_publishers_of_the_same_joints(tmp_path, storage):
+    """The arm's driver, and one that says where the arm is not: refused, with joint, size, time and what it may be."""
+    take = make_take(seconds=1.0)
+    other = [(JOINT_TOPIC, int(t) + 3_000_000, joint_state(int(t), np.zeros(6))) for t in take.joint_ns]
+    write_bag(tmp_path / "bags" / "a", sorted(take.messages() + other, key=lambda m: m[1]), storage)
+    message = error_of(lambda: load_episodes(settings(tmp_path / "bags"), 1, False))
+    assert message.startswith(f"a: {JOINT_TOPIC}: wrist_3_joint jumps by 1.") and " at 17000000" in message
+    assert "steps faster than 10 rad/s" in message and f"ros2 topic info -v {JOINT_TOPIC}" in message
+
+
 # -- conventions --------------------------------------------------------------------------------------------------
 
 
