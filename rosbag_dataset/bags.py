@@ -6,8 +6,10 @@ Must not know: what is inside a storage file (storage.py), topics, the cache.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +62,9 @@ class Bag:
 def find_bags(bag_dir: Path) -> list[Bag]:
     """All bags below `bag_dir`, sorted by name: folders with a metadata.yaml, and bare .db3 / .mcap files.
 
-    Hidden names are passed over (unfinished downloads start with a dot). ROS 1 `.bag` files are returned with their
-    `problem` set, so that they are reported and not silently ignored.
+    Below a bag there may be others: a metadata.yaml that was left in a folder of bags does not hide them. Hidden names
+    are passed over (unfinished downloads start with a dot). ROS 1 `.bag` files are returned with their `problem` set,
+    so that they are reported and not silently ignored.
 
     Raises:
         BagError: the folder does not exist or holds no bag.
@@ -83,7 +86,6 @@ def find_bags(bag_dir: Path) -> list[Bag]:
             continue
         seen.add(real)
         if "metadata.yaml" in files:
-            folders.clear()
             bags.append(_bag_folder(path, _episode_name(path, bag_dir)))
             continue
         for file in sorted(f for f in files if not f.startswith(".")):
@@ -98,7 +100,18 @@ def find_bags(bag_dir: Path) -> list[Bag]:
             f"data.bag_dir: {bag_dir}: found no ROS 2 bag in it or below; expected folders with metadata.yaml and "
             ".db3 or .mcap files; check the path, or record sample bags with: python -m sim.record --out DIR"
         )
+    if len({bag.name for bag in bags}) < len(bags):  # bag_dir is one, and so is a folder in it that is called the same
+        bags = [dataclasses.replace(bag, name=".") if bag.path == bag_dir else bag for bag in bags]
     return sorted(bags, key=lambda bag: bag.name)
+
+
+def lfs_pointer(head: bytes) -> str:
+    """What to say of a file that begins with `head`, if git has only its name in the large file storage; else ""."""
+    if not head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return ""
+    size = re.search(rb"^size (\d{1,20})$", head, re.MULTILINE)
+    large = f" of {size[1].decode()} bytes" if size else ""
+    return f"is a git-lfs pointer, not the file{large} that it stands for; get that with: git lfs pull"
 
 
 def _episode_name(path: Path, bag_dir: Path) -> str:
@@ -142,8 +155,12 @@ def _bag_folder(path: Path, name: str) -> Bag:
     present = sorted(
         p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith((".db3", ".mcap", ".zstd"))
     )
+    remove = "" if present else f", or remove it if {name} is no recording: no .db3 or .mcap file is beside it"
     try:
-        info = _load_yaml((path / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+        text = (path / "metadata.yaml").read_text()
+        if pointer := lfs_pointer(text.encode()):
+            return Bag(name, path, tuple(present), {}, "", f"metadata.yaml {pointer}")
+        info = _load_yaml(text)["rosbag2_bagfile_information"]
         listed = [path / Path(p).name for p in info["relative_file_paths"]]
         mode = str(info.get("compression_mode") or "").lower()
         claimed: dict[str, int] = {}
@@ -154,12 +171,13 @@ def _bag_folder(path: Path, name: str) -> Bag:
         reason = " ".join(str(exc).split())
         problem = (
             f"metadata.yaml is not a rosbag2 metadata file ({type(exc).__name__}: {reason}); "
-            "rewrite it with: ros2 bag reindex"
+            f"rewrite it with: ros2 bag reindex{remove}"
         )
         return Bag(name, path, tuple(present), {}, "", problem)
     missing = [p.name for p in listed if not p.exists()]
     if missing and len(present) != len(listed):  # the same number of files under other names: renamed, fine
-        problem = f"metadata.yaml lists {', '.join(missing)}, which is not there (found {[p.name for p in present]})"
+        found = [p.name for p in present]
+        problem = f"metadata.yaml lists {', '.join(missing)}, which is not there (found {found}); copy it again{remove}"
         return Bag(name, path, tuple(present), claimed, "", problem)
     files = tuple(present if missing else listed)
     problem = "" if files else "metadata.yaml lists no storage file"

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import lz4.frame  # as zstd, one of rosbags' own requirements
 from rosbags.rosbag2 import Reader
 
-from .bags import Bag
+from .bags import Bag, lfs_pointer
 from .errors import DISK_FULL, BagError, SetupError
 
 if sys.version_info >= (3, 14):  # the zstd that rosbags itself depends on
@@ -270,12 +270,34 @@ def storage_errors(bag: Bag, file: Path) -> Generator[None]:
             ) from exc
         raise BagError(f"{bag.name}: {file.name}: {exc.strerror or exc}") from exc
     except Exception as exc:  # third-party parsers on broken input; the cause is chained and named
+        if other := _something_else(file):
+            raise BagError(f"{bag.name}: {file.name} {other}, or leave it out with data.on_bad_bag: skip") from exc
         reason = " ".join(str(exc).split()) or type(exc).__name__
         hint = "mcap recover FILE" if ".mcap" in file.name else "sqlite3 FILE .recover"
         raise BagError(
             f"{bag.name}: {file.name} is damaged or not a finished recording ({reason[:200]}); recover it with: "
             f"{hint}, or leave it out with data.on_bad_bag: skip"
         ) from exc
+
+
+def _something_else(file: Path) -> str:
+    """What a file that cannot be read is, if it is no recording of ROS 2 at all, and what to do; else ""."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(200)
+    except OSError:
+        return ""
+    size = int.from_bytes(head[17:21], "little")  # magic, operation and size of the header record, then a text: profile
+    if (
+        head.startswith(b"\x89MCAP0\r\n\x01")
+        and size <= len(head) - 21
+        and (profile := head[21 : 21 + size]) != b"ros2"
+    ):
+        return (
+            f"is an mcap of profile {profile.decode(errors='replace')!r}, expected 'ros2': its messages are not those "
+            "of ROS 2; record with ros2 bag record, or convert it to ROS 2 messages"
+        )
+    return lfs_pointer(head)
 
 
 def messages(bag: Bag, readers: Sequence[Storage], topics: set[str]) -> Iterator[tuple[str, str, int, bytes]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 
 import pytest
 
@@ -23,6 +24,22 @@ def test_bags_are_found_recursively_and_sorted(tmp_path):
     (root / ".partial.db3").write_bytes(b"")
     (root / "notes.txt").write_text("no bag")
     assert [b.name for b in find_bags(root)] == ["a/deep/er", "b", "link/e"]
+
+
+def test_a_metadata_file_above_hides_no_bag(tmp_path):
+    """One that was left in a folder of bags is a bad bag; the bags below are found, under names of their own."""
+    for name in ("bags", "bags/a", "bags/bags"):
+        write_bag(tmp_path / name, TAKE.messages())
+    (tmp_path / "bags" / "bags.db3").unlink()
+    bad, *good = find_bags(tmp_path / "bags")
+    assert [bad.name, *(bag.name for bag in good)] == [".", "a", "bags"]
+    assert "metadata.yaml lists bags.db3, which is not there" in bad.problem and "remove it if" in bad.problem
+    episodes, skipped = load_episodes(settings(tmp_path / "bags", on_bad_bag="skip"), 1, False)
+    assert [e.name for e in episodes] == ["a", "bags"] and [s["bag"] for s in skipped] == ["."]
+    (tmp_path / "bags" / "metadata.yaml").write_text("about: my bags\n")
+    shutil.rmtree(tmp_path / "bags" / "bags")
+    bad = find_bags(tmp_path / "bags")[1]
+    assert bad.name == "bags" and "not a rosbag2 metadata file" in bad.problem and "remove it if" in bad.problem
 
 
 def test_folder_that_is_one_bag(tmp_path):

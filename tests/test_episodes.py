@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.bags import (
     noise_images,
     ros,
     settings,
+    storage_file,
     write_bag,
     write_split_bag,
 )
@@ -68,6 +70,34 @@ def dangling(path):
     (path / "lost.db3").symlink_to(path / "nowhere.db3")
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5242880\n"
+
+
+def pointer(file):
+    """A bag whose storage file is what git leaves of it without its large file storage."""
+
+    def make(path):
+        bag = write_bag(path, TAKE.messages(), "mcap" if "mcap" in file else "sqlite3")
+        storage_file(bag).unlink()
+        (bag / file).write_text(POINTER)
+
+    return make
+
+
+def profile(name):
+    """A bag whose mcap says that its messages are of another kind."""
+
+    def make(path):
+        file = storage_file(write_bag(path, TAKE.messages(), "mcap"))
+        content = file.read_bytes()
+        size = struct.unpack_from("<Q", content, 9)[0] + len(name) - 4
+        assert content[17:25] == b"\x04\0\0\0ros2"
+        header = struct.pack("<QI", size, len(name)) + name
+        file.write_bytes(content[:9] + header + content[25:])
+
+    return make
+
+
 def bag_of(messages, **how):
     return lambda path: write_bag(path, messages, **how)
 
@@ -91,6 +121,12 @@ BAD_BAGS = {
     "truncated-mcap": (truncated("mcap", 0.6), ["b.mcap is damaged", "mcap recover"]),
     "empty-db3": (truncated("sqlite3", 0), ["b.db3 is damaged"]),
     "empty-mcap": (truncated("mcap", 0), ["b.mcap is damaged"]),
+    "lfs-db3": (pointer("b.db3"), ["b.db3 is a git-lfs pointer, not the file of 5242880 bytes", "git lfs pull"]),
+    "lfs-mcap": (pointer("b.mcap"), ["b.mcap is a git-lfs pointer", "git lfs pull"]),
+    "lfs-zstd": (pointer("b.mcap.zstd"), ["b.mcap.zstd is a git-lfs pointer", "git lfs pull"]),
+    "lfs-metadata": (metadata_text(POINTER), ["metadata.yaml is a git-lfs pointer", "git lfs pull"]),
+    "foreign-mcap": (profile(b"ros1"), ["b.mcap is an mcap of profile 'ros1', expected 'ros2'", "convert it"]),
+    "mcap-without-profile": (profile(b""), ["b.mcap is an mcap of profile '', expected 'ros2'"]),
     "claims-more": (claims(3), ["metadata.yaml claims 53", "holds 50", JOINT_TOPIC]),
     "claims-fewer": (claims(-3), ["metadata.yaml claims 47", "holds 50", JOINT_TOPIC]),
     "file-missing": (unlisted_file, ["metadata.yaml lists b_1.db3", "not there"]),
