@@ -31,7 +31,7 @@ from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATIO
 from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
-from .settings import UR_JOINTS, BagSettings, settings_from
+from .settings import UR_JOINTS, BagSettings, setting_rules, settings_from
 from .statistics import angle_references, compute_stats
 from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
@@ -66,6 +66,7 @@ __all__ = [
     "refer_angles",
     "resize_image",
     "resize_notes",
+    "setting_rules",
     "settings_from",
     "split_episodes",
     "sync_table",

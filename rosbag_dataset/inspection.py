@@ -25,7 +25,7 @@ from .bags import Bag, find_bags
 from .episodes import check_same_size, mark_copy
 from .errors import BagError
 from .reading import read_bag
-from .settings import BagSettings, settings_from
+from .settings import BagSettings, check_settings, settings_from
 from .statistics import angle_references
 from .storage import open_storage, topics_of
 from .synchronisation import Episode, refer_angles, synchronise
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         settings = settings_of(args.bag_dir, args.config)
+        check_settings(settings, str(args.config or CONFIG))
         bags = find_bags(args.bag_dir)
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -187,16 +188,23 @@ def settings_of(bag_dir: Path, config: Path | None) -> BagSettings:
     """The data and conventions sections of config.yaml, overlaid with those of `config`.
 
     Raises:
-        BagError: a file cannot be read as a config, or what it says has a wrong type.
+        BagError: a file cannot be read as a config, has an unknown key, or a value of a wrong type.
     """
     merged: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
     for path in (CONFIG, config):
         if path is None:
             continue
         try:
             content = yaml.safe_load(path.read_text()) or {}
             for section in ("data", "conventions"):
-                merged |= content.get(section) or {}
+                values = content.get(section) or {}
+                known[section] = known.get(section, values.keys())  # config.yaml, the first, has every key
+                unknown += [f"{section}.{key}" for key in values if key not in known[section]]
+                merged |= values
         except (OSError, yaml.YAMLError, AttributeError, TypeError) as exc:
             raise BagError(f"{path}: cannot be read as a config ({' '.join(str(exc).split())})") from None
+    if unknown:
+        raise BagError(f"{config}: unknown key {', '.join(unknown)}; the keys are those of {CONFIG.name}")
     return settings_from(merged | {"bag_dir": bag_dir, "cache_dir": Path()})

@@ -7,6 +7,9 @@ Must not know: where a config comes from (files, overrides, defaults: the traine
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from .errors import BagError
 UR_JOINTS = (
     "shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint", "wrist_3_joint",
 )  # fmt: skip
+
+Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,50 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
     except (TypeError, ValueError) as exc:
         raise BagError(f"the config's data or conventions section: {exc}") from None
     return BagSettings(**{n: values[n] for n in names})
+
+
+def setting_rules(
+    joint_names: Sequence[str], joint_sign: Sequence[float], apply_joint_sign: bool,
+    image_resize: Sequence[int] | None, cameras: Mapping[str, str],
+) -> list[Rule]:  # fmt: skip
+    """Rules between the settings of bags, for those who read a config; `cameras` are {name: topic}."""
+    joints = len(joint_names)
+    size = image_resize is None or (len(image_resize) == 2 and min(image_resize) >= 32)
+    plain = all(re.fullmatch(r"\w+", name) for name in cameras)
+    distinct = len(set(cameras.values())) == len(cameras)
+    fits = len(joint_sign) == joints or not apply_joint_sign
+    one_sign_each = f"{joints} signs, one per data.joint_names"
+    return [
+        (joints > 0 and len(set(joint_names)) == joints, "data.joint_names", list(joint_names), "different names"),
+        (all(abs(s) == 1 for s in joint_sign), "conventions.joint_sign", list(joint_sign), "+1 or -1 each"),
+        (fits, "conventions.joint_sign", list(joint_sign), one_sign_each),
+        (size, "conventions.image_resize", image_resize, "[height, width] of at least 32 pixels each"),
+        (plain, "data.camera_topics", list(cameras), "names of letters, digits and underscores"),
+        (distinct, "data.camera_topics", dict(cameras), "a topic of its own per camera"),
+    ]
+
+
+def check_settings(settings: BagSettings, where: str) -> None:
+    """What the trainer demands of these settings, for a config, `where`, that only bags are read with.
+
+    Raises:
+        BagError: the first key that cannot be used, what was found and what is expected.
+    """
+    choices = {
+        "data.joint_resample": (settings.joint_resample, ("linear", "nearest")),
+        "data.time_source": (settings.time_source, ("receive", "header")),
+        "data.on_bad_bag": (settings.on_bad_bag, ("error", "skip")),
+        "conventions.action_mode": (settings.action_mode, ("delta", "absolute", "relative")),
+    }
+    rules: list[Rule] = [
+        (math.inf > settings.fps >= 0.1, "data.fps", settings.fps, "at least 0.1"),
+        (math.inf > settings.max_offset_ms >= 0, "data.max_offset_ms", settings.max_offset_ms, "at least 0"),
+        *((value in known, key, value, f"one of {', '.join(known)}") for key, (value, known) in choices.items()),
+        *setting_rules(
+            settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
+            settings.image_resize, settings.camera_topics,
+        ),
+    ]  # fmt: skip
+    for holds, key, found, expected in rules:
+        if not holds:
+            raise BagError(f"{where}: {key}: found {found}, expected {expected}")

@@ -14,6 +14,8 @@ import yaml
 from rosbag_dataset.inspection import main
 from tests.bags import CAMERA_TOPIC, JOINT_TOPIC, compressed, joint_state, make_take, storage_file, write_bag
 from tests.checks import ROOT, TAKE
+from train import load_config
+from training.errors import ConfigError
 
 
 def inspect(capsys, *args):
@@ -116,6 +118,33 @@ def test_inspection_with_a_bad_config(bag_dir, tmp_path, capsys, text, fact):
     (tmp_path / "bad.yaml").write_text(text)
     code, _, err = inspect(capsys, bag_dir, "--config", tmp_path / "bad.yaml")
     assert code == 1 and err.startswith("error: ") and fact in err and len(err.splitlines()) == 1
+
+
+WRONG_SETTINGS = [
+    ("data", "fps", 0), ("data", "max_offset_ms", -1), ("data", "joint_names", []), ("data", "joint_resample", "cubic"),
+    ("data", "time_source", "both"), ("data", "on_bad_bag", "ignore"), ("conventions", "joint_sign", [1, -1]),
+    ("conventions", "joint_sign", [2] * 6), ("conventions", "image_resize", [30]), ("data", "fsp", 30),
+    ("conventions", "action_mode", "both"), ("data", "camera_topics", {"a": "/x", "b": "/x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "key", "value"), WRONG_SETTINGS, ids=[f"{k}={v}" for _, k, v in WRONG_SETTINGS])
+def test_inspection_refuses_what_the_trainer_refuses(bag_dir, tmp_path, capsys, section, key, value):
+    """One line that names the config, the key, what was found and what was expected, in the trainer's words."""
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({"conventions": {"apply_joint_sign": True}} | {section: {key: value}}))
+    if key == "joint_sign":
+        path.write_text(yaml.safe_dump({"conventions": {"apply_joint_sign": True, key: value}}))
+    code, out, err = inspect(capsys, bag_dir, "--config", path)
+    assert (code, out) == (1, "") and err.startswith(f"error: {path}: ") and len(err.splitlines()) == 1, err
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    trainer = str(refused.value)
+    if key == "fsp":
+        assert f"unknown key {section}.{key}" in err and f"unknown key {section}.{key}" in trainer
+    else:
+        assert f"{section}.{key}: found " in err and f"{section}.{key}: found " in trainer
+        assert err.strip().rsplit("expected ")[-1] in trainer
 
 
 def test_inspection_of_nothing(bag_dir, tmp_path, capsys):

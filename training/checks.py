@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from rosbag_dataset import setting_rules
 
 from .errors import ConfigError
 
@@ -14,24 +15,16 @@ from .errors import ConfigError
 def check_settings(cfg: Any) -> None:
     """Refuse settings that contradict each other. Raises ConfigError, naming the first, what was found and expected."""
     data, conv, model, training = cfg.data, cfg.conventions, cfg.model, cfg.training
-    names, signs, size, cameras = data.joint_names, conv.joint_sign, conv.image_resize, cfg.cameras
-    joints, cosine, ensembling = len(names), training.scheduler == "cosine", model.temporal_ensemble_coeff is not None
+    joints, cosine = len(data.joint_names), training.scheduler == "cosine"
+    ensembling = model.temporal_ensemble_coeff is not None
     of_joints = f"{joints}, the number of data.joint_names"
-    one_sign_each = f"{joints} signs, one per data.joint_names"
-    pixels = size is None or (len(size) == 2 and min(size) >= 32)
-    plain = all(re.fullmatch(r"\w+", name) for name in cameras)
     divides = model.dim_model % model.n_heads == 0 and model.dim_model % 4 == 0
     multiple = f"a multiple of 4 and of model.n_heads {model.n_heads}"
     at_most = f"at most model.chunk_size {model.chunk_size}"
     rules: list[tuple[bool, str, Any, str]] = [  # holds, key, found, expected
-        (joints > 0 and len(set(names)) == joints, "data.joint_names", names, "different names"),
+        *setting_rules(data.joint_names, conv.joint_sign, conv.apply_joint_sign, conv.image_resize, cfg.cameras),
         (model.state_dim == joints, "model.state_dim", model.state_dim, of_joints),
         (model.action_dim == joints, "model.action_dim", model.action_dim, of_joints),
-        (all(abs(s) == 1 for s in signs), "conventions.joint_sign", signs, "+1 or -1 each"),
-        (len(signs) == joints or not conv.apply_joint_sign, "conventions.joint_sign", signs, one_sign_each),
-        (pixels, "conventions.image_resize", size, "[height, width] of at least 32 pixels each"),
-        (plain, "data.camera_topics", list(cameras), "names of letters, digits and underscores"),
-        (len(set(cameras.values())) == len(cameras), "data.camera_topics", cameras, "a topic of its own per camera"),
         (model.n_action_steps <= model.chunk_size, "model.n_action_steps", model.n_action_steps, at_most),
         (model.n_action_steps == 1 or not ensembling, "model.n_action_steps", model.n_action_steps,
          "1 with model.temporal_ensemble_coeff"),
