@@ -16,6 +16,7 @@ set -euo pipefail
 
 timeout_s=${BLOB_TIMEOUT_S:-21600}
 stall_s=${BLOB_STALL_S:-300}
+connect_s=${BLOB_CONNECT_S:-20}
 
 fail() { # exit code, message
   echo "error: download-blob: $2" >&2
@@ -24,6 +25,10 @@ fail() { # exit code, message
 
 # -- what is asked for --------------------------------------------------------------------------------------------
 
+for name in timeout_s stall_s connect_s; do
+  [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] ||
+    fail 1 "BLOB_${name^^}: found '${!name}', expected a whole number of seconds, for example 21600 (six hours)"
+done
 base_hint="or train on recordings that OSMO uploads: osmo workflow submit osmo/osmo-workflow.yaml (README.md)"
 for name in AZURE_STORAGE_ACCOUNT_KEY AZURE_STORAGE_KEY; do
   [[ -z ${!name:-} ]] || fail 1 "$name is set, but azcopy takes no account key: make a SAS with Read and List \
@@ -78,7 +83,7 @@ find "$dest" -name '.azDownload-*' -delete
 # `inventory list` asks the server, in seconds, what azcopy would find out in hours or never; `inventory check`
 # compares with it what arrived. Only with a SAS: azcopy alone can use an identity.
 inventory() {
-  SAS=$sas python3 - "$1" "$endpoint" "$container" "$prefix" "$dest" "$scratch/blobs.json" <<'PY' &
+  SAS=$sas CONNECT_S=$connect_s python3 - "$1" "$endpoint" "$container" "$prefix" "$dest" "$scratch/blobs.json" <<'PY' &
 import datetime, json, os, shutil, sys, time, urllib.error, urllib.parse, urllib.request
 import xml.etree.ElementTree as ElementTree
 
@@ -111,7 +116,7 @@ def get(query):
     url = f"{endpoint}/{urllib.parse.quote(container)}?{query}&{sas}"
     for attempt in range(3):
         try:
-            with urllib.request.urlopen(url, timeout=float(os.environ.get("BLOB_CONNECT_S") or 20)) as answer:
+            with urllib.request.urlopen(url, timeout=float(os.environ["CONNECT_S"])) as answer:
                 return ElementTree.fromstring(answer.read())
         except urllib.error.HTTPError as error:
             if error.code == 403:

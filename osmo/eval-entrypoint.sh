@@ -2,6 +2,10 @@
 # Evaluate the newest checkpoint below --checkpoint on the LeRobot dataset below --dataset; results go to --output.
 #
 #   eval-entrypoint.sh --checkpoint=DIR --dataset=DIR --output=DIR [OPTION OF offline_eval]...
+#   eval-entrypoint.sh --check ...          (the same; for the task that trains first)
+#
+# --check looks at all but checkpoint and output, and prints the dataset's own folder, in which no more than
+# meta/info.json has to be.
 #
 # EVAL_EPISODES (for example "0 1 2 3"; those that the dataset lacks are left out, and named) and EVAL_DEVICE choose
 # what and where. OSMO can report an upload as complete that was not, so nothing here is taken on trust: a checkpoint
@@ -15,23 +19,76 @@ die() {
   exit 1
 }
 
-checkpoint='' dataset='' output=''
+checkpoint='' dataset='' output='' check=''
 while (($#)); do
   case $1 in
+    --check) check=yes ;;
     --checkpoint=*) checkpoint=${1#--checkpoint=} ;;
     --dataset=*) dataset=${1#--dataset=} ;;
     --output=*) output=${1#--output=} ;;
     *) break ;;
   esac
   shift
+  [[ -z $checkpoint || -z $dataset || -z $output ]] || break # what follows is eval_args
 done
 [[ -n $checkpoint && -n $dataset && -n $output ]] || die "expected --checkpoint=DIR --dataset=DIR --output=DIR"
 [[ ${EVAL_EPISODES:-} == *[![:space:]]* ]] || die "EVAL_EPISODES is empty; expected episode numbers, for example \"0 1 2 3\""
-[[ ${EVAL_DEVICE:-} =~ ^(auto|cuda|mps|cpu)$ ]] || die "EVAL_DEVICE: found '${EVAL_DEVICE:-}', expected cuda or cpu"
+[[ ${EVAL_DEVICE:-} =~ ^(auto|cuda|cpu)$ ]] || die "EVAL_DEVICE: found '${EVAL_DEVICE:-}', expected cuda or cpu"
 read -ra episodes <<<"$EVAL_EPISODES"
+seen=' '
 for episode in "${episodes[@]}"; do
-  [[ $episode =~ ^[0-9]+$ ]] || die "EVAL_EPISODES: found $episode, expected episode numbers, for example \"0 1 2 3\""
+  [[ $episode =~ ^[0-9]{1,9}$ ]] ||
+    die "EVAL_EPISODES: found $episode, expected episode numbers, for example \"0 1 2 3\""
+  [[ $seen != *" $((10#$episode)) "* ]] || die "EVAL_EPISODES: found $episode twice, expected each number once"
+  seen+="$((10#$episode)) "
 done
+
+# The evaluator reads its options itself, but after the training. Those that this script gives are no one else's.
+options=("$@")
+number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
+while (($#)); do
+  case ${1%%=*} in
+    --rollout) pattern='' expected='no value' ;;
+    --max-mae | --max-p99-ms) pattern=$number expected='a number' ;;
+    --start-frame) pattern='[0-9]+' expected='a whole number' ;;
+    --num-steps) pattern='0*[1-9][0-9]*' expected='a whole number of at least 1' ;;
+    --backend) pattern='(auto|lerobot|native)' expected='auto, lerobot or native' ;;
+    --mode) pattern='(auto|chunk|every-step|ensemble)' expected='auto, chunk, every-step or ensemble' ;;
+    *) die "eval_args: found $1, expected --rollout, --max-mae=X, --max-p99-ms=X, --start-frame=N, --num-steps=N," \
+      "--backend=NAME, --mode=NAME" ;;
+  esac
+  option=$1 value=''
+  if [[ $1 == *=* ]]; then
+    value=${1#*=}
+  elif [[ -n $pattern && -n ${2:-} ]]; then
+    value=$2
+    shift
+  fi
+  shift
+  [[ $option != --rollout=* && $value =~ ^$pattern$ ]] || die "eval_args: $option: found '$value', expected $expected"
+done
+set -- "${options[@]}"
+
+# The one dataset below --dataset, becomes $found; with one of the episodes at least.
+find_dataset() {
+  [[ -d $dataset ]] || die "$dataset: no such directory; the evaluation dataset's input is not there"
+  mapfile -t found < <(find -L "$(realpath "$dataset")" -path '*/meta/info.json' -printf '%h\n' | sort)
+  found=("${found[@]%/meta}")
+  [[ -n ${found[*]} ]] || die "$dataset: no LeRobot dataset below it (no meta/info.json); upload its folder, see README.md"
+  [[ -z ${found[1]:-} ]] || die "$dataset: several LeRobot datasets (${found[*]}); give --dataset one of these folders"
+  local total
+  total=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["total_episodes"] + 0)' \
+    "${found[0]}/meta/info.json" 2>/dev/null) || die "${found[0]}/meta/info.json: cannot be read; upload the dataset again"
+  for episode in "${episodes[@]}"; do
+    ((10#$episode >= total)) || return 0
+  done
+  die "EVAL_EPISODES: found $EVAL_EPISODES, expected at least one of the dataset's $total episodes, 0 to $((total - 1))"
+}
+if [[ -n $check ]]; then
+  find_dataset
+  echo "${found[0]}"
+  exit 0
+fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -74,11 +131,7 @@ echo "eval-entrypoint: evaluating $newest"
 
 # -- the dataset --------------------------------------------------------------------------------------------------
 
-[[ -d $dataset ]] || die "$dataset: no such directory; the evaluation dataset's input is not there"
-mapfile -t found < <(find -L "$(realpath "$dataset")" -path '*/meta/info.json' -printf '%h\n' | sort)
-found=("${found[@]%/meta}")
-[[ -n ${found[*]} ]] || die "$dataset: no LeRobot dataset below it (no meta/info.json); upload its folder, see README.md"
-[[ -z ${found[1]:-} ]] || die "$dataset: several LeRobot datasets (${found[*]}); give --dataset one of these folders"
+find_dataset
 
 # -- the evaluation -----------------------------------------------------------------------------------------------
 

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # One attempt at training, as the command of an OSMO task: take up an earlier attempt's checkpoint, train, hand over.
 #
-#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--output=DIR] \
+#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--output=DIR] [--run=NAME] \
+#       [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] [--eval-dataset=DIR [--eval-option=WORD]...] \
 #       LAUNCHER... train.py ARGUMENT...
+#
+# Whatever a submission can set is checked first, so that nothing of it is found wrong hours later: names, urls, numbers
+# here; every setting by train.py, at its start, or before that where --download or --eval-dataset is given.
 #
 # The recordings lie in --bags, or below --bags-dataset as OSMO lays a dataset out. LAUNCHER is `python`, or `torchrun`
 # with its options. --resume is added: an attempt goes on from the newest complete checkpoint in its own directory (a
-# restart on the same node), else from the one in --resume-from (another node).
+# restart on the same node), else from the one in --resume-from (another node). --download is run before, and then this
+# script again. --eval-dataset is what the next task evaluates on, of which only the metadata have to be there.
 # Only a completed run is copied to --output, because OSMO uploads what lies there after a failure as well.
 #
 # Exit codes: 0 complete, 1 failed, 75 run it again (the workflows reschedule it). torchrun turns every code into 1,
@@ -24,29 +29,82 @@ die() {
   exit 1
 }
 
-bags='' folders=0 resume_from='' output=''
+# -- check what was asked for -------------------------------------------------------------------------------------
+
+bags='' folders=0 resume_from='' output='' run=unnamed workflow='' storage_url='' gpus=1 download='' eval_dataset=''
+again=() eval_options=()
 while (($#)); do
+  [[ $1 == --download=* || $1 != --* ]] || again+=("$1")
   case $1 in
-    --bags=*) bags=${1#--bags=} ;;
-    --bags-dataset=*) bags=${1#--bags-dataset=} folders=2 ;;
-    --resume-from=*) resume_from=${1#--resume-from=} ;;
-    --output=*) output=${1#--output=} ;;
-    --*) die "$1: unknown option; expected --bags= or --bags-dataset=, --resume-from=, --output=, then the command" ;;
+    --bags=*) bags=${1#*=} ;;
+    --bags-dataset=*) bags=${1#*=} folders=2 ;;
+    --resume-from=*) resume_from=${1#*=} ;;
+    --output=*) output=${1#*=} ;;
+    --run=*) run=${1#*=} ;;
+    --workflow=*) workflow=${1#*=} ;;
+    --storage-url=*) storage_url=${1#*=} ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --download=*) download=${1#*=} ;;
+    --eval-dataset=*) eval_dataset=${1#*=} ;;
+    --eval-option=*) eval_options+=("${1#*=}") ;;
+    --*) die "$1: unknown option; the head of this script lists those there are, before the command" ;;
     *) break ;;
   esac
   shift
 done
 (($#)) || die "no command to train with; expected for example: python /workspace/train.py --config=FILE"
-for word in "$@"; do # found wrong only after training, the run would be lost: OSMO takes it from these folders
-  case ${word#--override=} in
-    training.output_dir=* | data.bag_dir=* | data.cache_dir=*)
-      die "overrides: ${word#--override=}: this setting is fixed on OSMO, where the run goes to $run_dir and the" \
-        "recordings are in $bags_dir; leave it out" ;;
+
+option() { sed -n "s/.*--$1[= ]\([^ ]*\).*/\1/p" <<<"$2"; } # NAME, command line
+whole='^[1-9][0-9]*$' name='^[A-Za-z][A-Za-z0-9_.-]*$' component='[^[:space:]/,;*]+'
+[[ $run =~ $name ]] || # empty, it would be the folder of everybody's runs; --set makes 100000.0 of 1e5
+  die "run: found '$run', expected a letter, then letters, digits, _, . and -, for example run=ur10e-act-train-1"
+if [[ -n $storage_url ]]; then
+  [[ $storage_url =~ ^[a-z0-9]+://$component(/$component)*$ && ! $storage_url =~ ^azure://[^/]*$ ]] ||
+    die "storage_url: found '$storage_url', expected azure://ACCOUNT/CONTAINER/PREFIX, with no slash at its end"
+elif [[ -n $workflow && $run != "$workflow" ]]; then
+  die "run: found '$run', but no storage_url, and without one there is no earlier run to continue; give both, or neither"
+fi
+nodes=$(option nnodes "$*") ranks_here=$(option nproc_per_node "$*") # of torchrun
+[[ ${nodes:=1} =~ $whole ]] || die "n_nodes: found '$nodes', expected a whole number of at least 1"
+[[ ${ranks_here:=1} =~ $whole ]] || die "gpus_per_node: found '$ranks_here', expected a whole number of at least 1"
+[[ $gpus == [01] ]] ||
+  die "gpu: found '$gpus', expected 1: one process uses one GPU; for more in one machine, submit" \
+    "osmo-workflow-ddp.yaml with n_nodes=1 gpus_per_node=$gpus"
+[[ $peer_wait_s =~ ^[0-9]+$ ]] || die "PEER_WAIT_S: found '$peer_wait_s', expected a whole number of seconds"
+
+seen=' ' # the settings so far, and whether the last word on wandb.enabled is true
+wandb=$(sed -n '/^wandb:/,/^[a-z]/s/^  enabled: *\([a-zA-Z]*\).*/\1/p' "$(option config "$*")" 2>/dev/null || true)
+for word in "$@"; do
+  [[ $word == --override=* ]] || continue
+  setting=${word#--override=}
+  key=${setting%%=*}
+  case $key in
+    training.output_dir | data.bag_dir | data.cache_dir) # OSMO takes the run from there: elsewhere, it would be lost
+      die "overrides: $setting: this setting is fixed on OSMO, where the run goes to $run_dir and the recordings are in" \
+        "$bags_dir; leave it out" ;;
+    training.resume) # a restarted task would begin again, or from that checkpoint instead of its own last one
+      die "overrides: $setting: this setting is fixed on OSMO, where a run goes on from its newest checkpoint; to" \
+        "continue an earlier run, give storage_url and run" ;;
+    wandb.enabled) wandb=${setting#*=} ;;
+    wandb.*) ;; # those of a workflow are meant to be replaced
+    *)
+      [[ $seen != *" $key "* ]] || # the arms of a sweep would all be the same
+        die "overrides: $setting: $key is given twice: in overrides, or there and by the workflow (steps, or what a" \
+          "sweep varies); give it once" ;;
   esac
+  seen+="$key "
 done
+[[ ${wandb,,} != true || -n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == @(offline|disabled|dryrun) ]] ||
+  die "wandb.enabled: true, but there is no key (WANDB_API_KEY): submit osmo-workflow-wandb.yaml, or the sweep with" \
+    "wandb=true, which take it from the credential wandb"
 
 # From here on SIGTERM and SIGINT mean: save, and end with 75.
 asked='' sent='' child='' log=''
+end_before_training() { # after a check has refused, which has said why, or because of a signal
+  [[ -n $asked ]] || exit 1
+  say "stopped before the training began"
+  exit 75
+}
 forward() {
   asked=yes
   [[ -n $child ]] || return 0
@@ -59,6 +117,81 @@ forward() {
 }
 trap forward TERM INT
 trap '[[ -z $log ]] || rm -f "$log"' EXIT
+
+# What is hours away, a download or an evaluation, is checked with all settings before: train.py would do so too late.
+if [[ -n $eval_dataset ]]; then
+  eval_dataset=$(bash "$here/eval-entrypoint.sh" --check --checkpoint=later --dataset="$eval_dataset" --output=later \
+    "${eval_options[@]}") || end_before_training
+fi
+if [[ -n $download$eval_dataset ]]; then
+  PYTHONPATH=$here python - "$eval_dataset" "$@" <<'PY' || end_before_training
+import json, sys
+from pathlib import Path
+
+from train import load_config
+from training.errors import ConfigError
+
+
+def die(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+dataset, *words = sys.argv[1:]
+config = next(word for word in words if word.startswith("--config=")).partition("=")[2]
+try:
+    cfg = load_config(Path(config), [w.partition("=")[2] for w in words if w.startswith("--override=")])
+except ConfigError as error:
+    die(error)
+if not dataset:
+    sys.exit()
+
+
+def read(name):
+    path = Path(dataset, "meta", name)
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else die(f"{path}: expected a JSON object")
+    except FileNotFoundError:
+        return {}  # stats.json alone can be absent
+    except (OSError, ValueError) as error:
+        die(f"{path}: cannot be read as JSON ({error}); upload the evaluation dataset again")
+
+
+def mean(stats, key):
+    values = (stats.get(key) or {}).get("mean")
+    return values if isinstance(values, list) and all(isinstance(v, (int, float)) for v in values) else []
+
+
+# Whether the actions are differences or positions, as the evaluator tells it from the recorded numbers.
+stats = read("stats.json")
+action, state = mean(stats, "action"), mean(stats, "observation.state")
+far_from_state = sum(abs(a - s) for a, s in zip(action, state))
+size = sum(map(abs, action))
+kind = "absolute" if far_from_state * 5 < size else "delta" if size * 5 < far_from_state else None
+wanted_kind = "delta" if cfg.conventions.action_mode == "delta" else "absolute"  # relative ones are evaluated as positions
+
+info = read("info.json")
+features = info.get("features") or {}
+joints = (features.get("action") or {}).get("shape")
+cameras = [f"observation.images.{name}" for name in cfg.cameras]
+fps = info.get("fps")
+version = str(info.get("codebase_version"))
+rules = [
+    (version.startswith("v3."), f"codebase_version is {version}", "v3.0, the format of LeRobot 0.4"),
+    (isinstance(fps, (int, float)) and abs(fps / cfg.data.fps - 1) <= 0.01, f"fps is {fps}", f"data.fps {cfg.data.fps:g}"),
+    (joints == [len(cfg.data.joint_names)], f"the shape of action is {joints}", f"[{len(cfg.data.joint_names)}], one per joint"),
+    (set(cameras) <= set(features), f"the features are {', '.join(features)}", f"{', '.join(cameras)} among them"),
+    (kind in (None, wanted_kind), f"by their means in stats.json, the actions are {kind}",
+     f"{wanted_kind} ones, as conventions.action_mode={cfg.conventions.action_mode} has them"),
+]
+for holds, found, expected in rules:
+    if not holds:
+        die(f"{dataset}: the evaluation dataset does not fit the training: {found}, expected {expected}")
+PY
+fi
+[[ -z $asked ]] || end_before_training
+[[ -z $download ]] || exec bash "$download" bash "$0" "${again[@]}" "$@"
 
 mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
 if [[ -n $bags ]]; then
@@ -116,21 +249,16 @@ fi
 # -- train --------------------------------------------------------------------------------------------------------
 
 # Loader processes hand batches over in shared memory, of which a pod has 64 MiB unless its pool gives it more.
-option() { sed -n "s/.*--$1[= ]\([0-9][0-9]*\).*/\1/p" <<<"$2"; } # NAME, command line
-ranks_here=$(option nproc_per_node "$*")
 shm_mib=$(($(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $2}' || echo 0) / 1024))
-if ((shm_mib < 256 * ${ranks_here:-1})) && [[ "$*" != *training.num_workers=* ]]; then
-  say "note: /dev/shm has $shm_mib MiB for ${ranks_here:-1} GPUs: batches are loaded in the training process" \
+if ((shm_mib < 256 * ranks_here)) && [[ "$*" != *training.num_workers=* ]]; then
+  say "note: /dev/shm has $shm_mib MiB for $ranks_here GPUs: batches are loaded in the training process" \
     "(training.num_workers=0); README.md says how a pool gets more"
   set -- "$@" --override=training.num_workers=0
 fi
 
 export PYTHONUNBUFFERED=1
 rm -f "$run_dir/stopped.json"
-if [[ -n $asked ]]; then
-  say "stopped before the training began"
-  exit 75
-fi
+[[ -z $asked ]] || end_before_training
 
 if [[ $(basename "$1") == torchrun ]]; then
   log=$(mktemp)
@@ -159,7 +287,6 @@ elif [[ -n $log ]] && ((rc == 1)); then
     grep -av 'another rank is gone' || true)
   # Of the rank that failed first: those that torchrun then kills are in its table too.
   first=$(grep -aA 6 '^Root Cause' "$log" | sed -n 's/.*exitcode *: \(-\{0,1\}[0-9][0-9]*\).*/\1/p' | tail -n 1 || true)
-  nodes=$(option nnodes "$*")
   if [[ -e $run_dir/stopped.json || $first == 75 ]]; then
     rc=75
   elif [[ -n $own ]]; then
@@ -174,7 +301,7 @@ elif [[ -n $log ]] && ((rc == 1)); then
       "then set training.num_workers=0; else see above)" >&2
   elif [[ -n $asked || $first == -15 ]]; then
     rc=75
-  elif ((${nodes:-1} == 1)); then # no other node that could have been lost: it would fail alike
+  elif ((nodes == 1)); then # no other node that could have been lost: it would fail alike
     echo "error: train-entrypoint: the ranks failed, and none of them says why; see above" >&2
   else
     # Restarted in place, the node keeps its checkpoints and frame cache; on a new pod it would not.

@@ -261,7 +261,7 @@ def model(version: str) -> Check:
     inputs: dict[str, Check] = {"url": text(URL, "azure://ACCOUNT/CONTAINER/PATH"), "task": NAMED}
     outputs: dict[str, Check] = {"url": inputs["url"]}
     if version != "6.4":  # which takes urls only
-        inputs["dataset"] = fields({"name": DATASET}, {"localpath": text(r".+")})
+        inputs["dataset"] = fields({"name": DATASET}, {"localpath": text(r".+"), "regex": text()})
         outputs["dataset"] = fields({"name": DATASET})
     task = fields(
         {"name": NAMED, "image": text(r"\S+", "an image"), "command": many(text())},

@@ -11,6 +11,7 @@ stay between runs of the same box, as in a pod that is restarted in place. Every
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,11 +198,19 @@ class TaskBox:
 
 def place_input(target: Path, source: dict[str, Any], folder: Path) -> None:
     """Download `folder` as OSMO does this kind of input. A dataset was uploaded by `osmo dataset upload NAME FOLDER`,
-    and lies in a folder named after it, below that in one named like FOLDER (see real_osmo.py)."""
+    and lies in a folder named after it, below that in one named like FOLDER (see real_osmo.py). A `regex` chooses files
+    by their path below the url or the dataset."""
+    regex = source.get("dataset", source).get("regex", "")
     if "dataset" in source:
         target = target / source["dataset"]["name"] / folder.name
+
+    def not_asked_for(path: str, names: list[str]) -> set[str]:
+        below = Path(path).relative_to(folder.parent if "dataset" in source else folder)
+        files = {name for name in names if not Path(path, name).is_dir()}
+        return {name for name in files if not re.match(regex, (below / name).as_posix())}
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, target, symlinks=False, dirs_exist_ok=True)
+    shutil.copytree(folder, target, symlinks=False, dirs_exist_ok=True, ignore=not_asked_for)
 
 
 def upload(folder: Path, target: Path) -> None:

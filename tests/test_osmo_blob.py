@@ -136,6 +136,13 @@ REFUSALS = {  # what is changed, the exit code, the message
     "no container": (lambda s: dict(AZURE_BLOB_CONTAINER=""), 1, "AZURE_BLOB_CONTAINER is empty"),
     "no folder": (lambda s: dict(BLOB_DEST_DIR=""), 1, "BLOB_DEST_DIR is empty"),
     "a folder that cannot be": (lambda s: dict(BLOB_DEST_DIR="/dev/null/x"), 1, "/dev/null/x: cannot be made"),
+    "a time-out with a unit": (
+        lambda s: dict(BLOB_TIMEOUT_S="6h"), 1, "BLOB_TIMEOUT_S: found '6h', expected a whole number of seconds",
+    ),
+    "no time at all": (lambda s: dict(BLOB_TIMEOUT_S="0"), 1, "BLOB_TIMEOUT_S: found '0', expected a whole number"),
+    "a time-out that --set has made": (lambda s: dict(BLOB_TIMEOUT_S="60000.0"), 1, "BLOB_TIMEOUT_S: found '60000.0'"),
+    "a stall in words": (lambda s: dict(BLOB_STALL_S="long"), 1, "BLOB_STALL_S: found 'long', expected a whole number"),
+    "an answer at once": (lambda s: dict(BLOB_CONNECT_S="0.5"), 1, "BLOB_CONNECT_S: found '0.5', expected a whole"),
     "a host that does not exist": (
         lambda s: dict(AZURE_BLOB_ENDPOINT="http://account.blob.invalid"), 1, "no such host",
     ),

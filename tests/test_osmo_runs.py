@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from ur10e_deploy import offline_eval
 
 from lerobot_checkpoint import list_checkpoints, load_policy, set_score, verify_checkpoint
 from tests.once import once
+from tests.osmo_modules import python_in
 from tests.osmo_spec import place, submit
 from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload, write_evaluation_dataset
 from tests.tiny import metrics
@@ -163,6 +166,19 @@ def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Pat
     assert not list_checkpoints(box.run_dir) and not any(box.delivered.iterdir())
 
 
+def test_a_stop_during_the_checks_is_run_again(nothing: Path, tmp_path: Path):
+    """SIGTERM while the settings are checked before a download: 75, and nothing is downloaded."""
+    box = TaskBox(tmp_path / "box", task("osmo-workflow-blob.yaml", STORAGE), {0: nothing})
+    (box.folder / "workspace/train.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(1)\ndef load_config(*given): ...\n"
+    )
+    process = box.start()
+    box.wait_for("importing")
+    process.send_signal(signal.SIGTERM)
+    assert box.wait(process) == 75, box.log()
+    assert "stopped before the training began" in box.log() and "download-blob" not in box.log()
+
+
 def test_a_restart_in_place_goes_on_from_its_own_checkpoints(
     finished: Path, sample_bags: Path, nothing: Path, tmp_path: Path
 ):
@@ -186,6 +202,8 @@ REFUSALS = {
     ),
     "other recordings": ({"data__bag_dir": "/data/mine"}, "data.bag_dir=/data/mine: this setting is fixed on OSMO"),
     "another cache": ({"data__cache_dir": "/data/mine"}, "data.cache_dir=/data/mine: this setting is fixed on OSMO"),
+    "another way to resume": ({"training__resume": "never"}, "training.resume=never: this setting is fixed on OSMO"),
+    "wandb without a key": ({"wandb__enabled": "True"}, "wandb.enabled: true, but there is no key (WANDB_API_KEY)"),
 }
 
 
@@ -197,6 +215,160 @@ def test_refused_in_one_line(changes: dict[str, object], message: str, sample_ba
     assert box.run() == 1
     assert message in error_line(box)
     assert not any(box.delivered.iterdir())
+
+
+SWEEP, EVAL, DDP = "osmo-workflow-sweep.yaml", "osmo-workflow-train-eval.yaml", "osmo-workflow-ddp.yaml"
+WRONG = {  # the workflow, its task, what --set says, the message
+    "run, which --set makes a number": ("", "", [STORAGE, "run=1e5"], "run: found '100000.0', expected a letter, then"),
+    "run, empty": ("", "", [STORAGE, "run="], "run: found '', expected a letter"),
+    "run, a folder": ("", "", [STORAGE, "run=mine/yours"], "run: found 'mine/yours', expected a letter"),
+    "run without a storage url": (
+        "",
+        "",
+        ["run=workflow-6"],
+        "run: found 'workflow-6', but no storage_url, and without",
+    ),
+    "a storage url with a slash at its end": ("", "", [f"{STORAGE}/"], "prefix/', expected azure://ACCOUNT/CONTAINER"),
+    "a storage url without container": (
+        "",
+        "",
+        ["storage_url=azure://acc"],
+        "storage_url: found 'azure://acc', expected",
+    ),
+    "a storage url that is a path": ("", "", ["storage_url=/mnt/share"], "storage_url: found '/mnt/share', expected"),
+    "four GPUs for one process": ("", "", ["gpu=4"], "osmo-workflow-ddp.yaml with n_nodes=1 gpus_per_node=4"),
+    "steps twice": ("", "", ["steps=10"], "overrides: training.steps=9: training.steps is given twice"),
+    "what the sweep varies": (SWEEP, "train-lr1e5-kl1", [], "training.lr=0.0001: training.lr is given twice: in"),
+    "no GPU on a node": (DDP, "node-0", ["gpus_per_node=0"], "gpus_per_node: found '0', expected a whole number"),
+    "an episode twice": (
+        EVAL,
+        "",
+        ["eval_episodes=0 1 01"],
+        "EVAL_EPISODES: found 01 twice, expected each number once",
+    ),
+    "a range of episodes": (EVAL, "", ["eval_episodes=0-3"], "EVAL_EPISODES: found 0-3, expected episode numbers"),
+    "no such episode": (EVAL, "", ["eval_episodes=3 4"], "expected at least one of the dataset's 3 episodes, 0 to 2"),
+    "a device of another machine": (EVAL, "", ["eval_device=mps"], "EVAL_DEVICE: found 'mps', expected cuda or cpu"),
+    "an option that is none": (EVAL, "", ["eval_args=--roll-out"], "eval_args: found --roll-out, expected --rollout,"),
+    "an option of the script": (
+        EVAL,
+        "",
+        ["eval_args=--output=/x"],
+        "eval_args: found --output=/x, expected --rollout",
+    ),
+    "a gate that is no number": (
+        EVAL,
+        "",
+        ["eval_args=--max-mae 2mm"],
+        "eval_args: --max-mae: found '2mm', expected a n",
+    ),
+    "a gate without a number": (EVAL, "", ["eval_args=--max-mae"], "eval_args: --max-mae: found '', expected a number"),
+    "no words, a number": (EVAL, "", ["eval_args=7"], "eval_args: found 7, expected --rollout"),
+}
+
+
+@pytest.mark.parametrize("workflow, name, assignments, message", WRONG.values(), ids=list(WRONG))
+def test_what_set_says_is_checked_first(
+    workflow: str, name: str, assignments: list[str], message: str, sample_bags: Path, tmp_path: Path
+):
+    """Through the real script, in one line, before a recording is decoded or Python has imported torch."""
+    wrong = task(workflow or "osmo-workflow.yaml", *assignments, name=name or "train-act")
+    box = TaskBox(tmp_path / "box", wrong, dict.fromkeys(range(3), write_metadata(tmp_path / "dataset")))
+    assert box.run(timeout_s=20) == 1
+    assert message in error_line(box)
+    assert not box.run_dir.exists() and not any((box.folder / "data").iterdir()), "it had begun"
+
+
+def test_peer_wait_s_is_checked_first(sample_bags: Path, tmp_path: Path):
+    box = TaskBox(tmp_path, task(DDP, name="node-1"), {0: sample_bags}, PEER_WAIT_S="10m")
+    assert box.run(timeout_s=20) == 1
+    assert "PEER_WAIT_S: found '10m', expected a whole number of seconds" in error_line(box)
+
+
+def write_metadata(folder: Path, stats: list[float] | None = None, **changes: object) -> Path:
+    """The metadata of a LeRobot v3 dataset that fits tiny(): `stats` are its actions' means (6,), `changes` those of
+    info.json; -> its folder."""
+    cameras = {"observation.images.color": {"dtype": "video", "shape": [32, 48, 3]}}
+    joints = {"observation.state": {"dtype": "float32", "shape": [6]}, "action": {"dtype": "float32", "shape": [6]}}
+    info = {"codebase_version": "v3.0", "fps": 30, "total_episodes": 3, "features": joints | cameras}
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta/info.json").write_text(json.dumps(info | changes))
+    means = {"observation.state": {"mean": [1.0] * 6}, "action": {"mean": stats or [0.001] * 6}}
+    (folder / "meta/stats.json").write_text(json.dumps(means))
+    return folder
+
+
+DATASETS = {  # what is asked of the training, what is changed in the dataset, the message
+    "another rate": ({}, {"fps": 15}, "fps is 15, expected data.fps 30"),
+    "another format": ({}, {"codebase_version": "v2.1"}, "codebase_version is v2.1, expected v3.0, the format of LeR"),
+    "positions instead of differences": (
+        {"conventions__action_mode": "absolute"}, {}, "actions are delta, expected absolute ones, as conventions.act",
+    ),
+    "differences instead of positions": ({}, {"stats": [0.98] * 6}, "actions are absolute, expected delta ones, as"),
+    "no such camera": ({}, {"features": {"action": {"shape": [6]}}}, "expected observation.images.color among them"),
+    "another number of joints": (
+        {"data__joint_names": "[a,b]", "model__state_dim": 2, "model__action_dim": 2}, {}, "action is [6], expected [2]"
+    ),
+    "a setting that does not exist": ({"training__stepz": 3}, {}, "unknown key training.stepz"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def entry_check() -> Any:
+    """The check of the evaluation dataset in train-entrypoint.sh, as a function of its arguments; imported once."""
+    (code,) = [c for c in python_in(WORKFLOWS / "train-entrypoint.sh") if "load_config" in c]
+    return compile(code, "train-entrypoint.sh", "exec")
+
+
+@pytest.mark.parametrize("changes, damage, message", DATASETS.values(), ids=list(DATASETS))
+def test_an_evaluation_dataset_that_does_not_fit_is_refused(
+    changes: dict[str, object], damage: dict[str, object], message: str, entry_check, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """The evaluation would refuse it, after the training. (The script's own Python, run here: torch is imported once;
+    the next test and the chain below run it from the script.)"""
+    folder = write_metadata(tmp_path / "dataset", **damage)
+    words = [a for a in task(EVAL, **changes)["args"] if a.startswith("--override=")]
+    config = f"--config={WORKFLOWS / 'osmo-config.yaml'}"
+    monkeypatch.setattr("sys.argv", ["-", str(folder), "python", "train.py", config, *words])
+    with pytest.raises(SystemExit) as end:
+        exec(entry_check, {"__name__": "__main__"})  # noqa: S102 - our own script
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_the_evaluation_dataset_is_checked_before_the_training(sample_bags: Path, tmp_path: Path):
+    """By the script, with nothing but the two files of metadata that the task's input brings."""
+    dataset = write_metadata(tmp_path / "dataset", fps=15)
+    (dataset / "data").mkdir()
+    (dataset / "data/file-000.parquet").write_text("gigabytes")
+    box = TaskBox(tmp_path / "box", task(EVAL), {0: sample_bags, 1: dataset})
+    found = {path.name for path in (box.folder / "osmo/data/input/1").rglob("*") if path.is_file()}
+    assert found == {"info.json", "stats.json"}
+    assert box.run() == 1
+    assert "dataset: the evaluation dataset does not fit the training: fps is 15, expected" in error_line(box)
+    assert not box.run_dir.exists() and not any((box.folder / "data").iterdir()), "it had begun"
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["no dataset", "two datasets"])
+def test_there_is_one_evaluation_dataset(number: int, sample_bags: Path, nothing: Path, tmp_path: Path):
+    for each in range(number):
+        write_metadata(tmp_path / f"datasets/{each}")
+    (tmp_path / "datasets").mkdir(exist_ok=True)
+    box = TaskBox(tmp_path / "box", task(EVAL, STORAGE), {0: sample_bags, 1: nothing, 2: tmp_path / "datasets"})
+    assert box.run(timeout_s=20) == 1
+    assert ("several LeRobot datasets" if number else "no LeRobot dataset below it") in error_line(box)
+
+
+def test_a_download_comes_after_the_check_of_every_setting(nothing: Path, tmp_path: Path):
+    """Hours of azcopy, and then an unknown key: not so. --set makes 10000.0 of 1e4, which is no number of steps."""
+    blob = task("osmo-workflow-blob.yaml", "steps=1e4")
+    blob["args"].remove("--override=training.steps=9")  # tiny()'s
+    box = TaskBox(tmp_path, blob)
+    assert box.run() == 1
+    assert "training.steps: found '10000.0', expected a whole number" in error_line(box)
+    assert not any((box.folder / "data").iterdir())
 
 
 def test_a_module_that_is_not_injected_is_missed(sample_bags: Path, tmp_path: Path):
@@ -320,7 +492,7 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     import pyarrow.parquet as pq
 
     training = task("osmo-workflow-train-eval.yaml", STORAGE, training__steps=4)
-    trained = TaskBox(tmp_path / "train", training, {0: sample_bags, 1: nothing})
+    trained = TaskBox(tmp_path / "train", training, {0: sample_bags, 1: nothing, 2: evaluation_dataset})
     assert trained.run() == 0, trained.log()
     box = evaluation_box(tmp_path / "eval", trained.delivered, evaluation_dataset)
     assert box.run() == 0, box.log()
@@ -432,7 +604,27 @@ DIRECTORIES = ["--checkpoint=/nowhere/c", "--dataset=/nowhere/d", "--output=/now
 ARGUMENTS = {
     "none": ([], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
     "no output": (DIRECTORIES[:2], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
-    "an empty option": ([*DIRECTORIES, "--dataset="], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "an empty option": ([*DIRECTORIES[:2], "--output="], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "a folder twice": ([*DIRECTORIES, "--dataset=/x"], {}, "eval_args: found --dataset=/x, expected --rollout"),
+    "an option that is none": ([*DIRECTORIES, "--roll-out"], {}, "eval_args: found --roll-out, expected --rollout"),
+    "a value for a switch": ([*DIRECTORIES, "--rollout=yes"], {}, "eval_args: --rollout=yes: found 'yes', expected no"),
+    "a gate that is no number": (
+        [*DIRECTORIES, "--max-mae=nan"],
+        {},
+        "eval_args: --max-mae=nan: found 'nan', expected",
+    ),
+    "no steps": (
+        [*DIRECTORIES, "--num-steps=0"],
+        {},
+        "eval_args: --num-steps=0: found '0', expected a whole number of",
+    ),
+    "another backend": (
+        [*DIRECTORIES, "--backend", "onnx"],
+        {},
+        "eval_args: --backend: found 'onnx', expected auto, le",
+    ),
+    "a second word": ([*DIRECTORIES, "--rollout", "1"], {}, "eval_args: found 1, expected --rollout"),
+    "an episode twice": (DIRECTORIES, {"EVAL_EPISODES": "1 01"}, "EVAL_EPISODES: found 01 twice, expected each"),
     "no episodes": (DIRECTORIES, {"EVAL_EPISODES": ""}, "EVAL_EPISODES is empty; expected episode numbers"),
     "a range of episodes": (DIRECTORIES, {"EVAL_EPISODES": "0-3"}, "EVAL_EPISODES: found 0-3, expected"),
     "blank episodes": (DIRECTORIES, {"EVAL_EPISODES": " "}, "EVAL_EPISODES is empty; expected episode numbers"),
@@ -450,3 +642,19 @@ def test_the_evaluation_refuses_arguments(arguments: list[str], environment: dic
     done = subprocess.run(command, env=complete | environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: eval-entrypoint: {message}") and done.stderr.count("\n") == 1
+
+
+def test_the_script_knows_the_options_of_the_evaluator():
+    """Each is taken as the evaluator takes it, but those that the script gives itself or that a checkpoint of train.py
+    and a dataset have no use for."""
+    own = {"--help", "--checkpoint", "--dataset", "--episode", "--skip-missing-episodes", "--device", "--output"}
+    of_bags_and_lerobot = {"--bags", "--cache-dir", "--action-mode", "--wrap", "--no-wrap", "--image-resize"}
+    script = (WORKFLOWS / "eval-entrypoint.sh").read_text()
+    taken = set(
+        re.findall(r"--[a-z0-9-]+", script[script.index("case ${1%%=*} in") : script.index('*) die "eval_args')])
+    )
+    actions = [action for action in offline_eval.parser()._actions if action.option_strings]
+    assert taken == {each for a in actions for each in a.option_strings if each != "-h"} - own - of_bags_and_lerobot
+    for action in actions:
+        if action.choices and taken & set(action.option_strings):
+            assert f"pattern='({'|'.join(action.choices)})'" in script, action.option_strings

@@ -201,7 +201,10 @@ def test_the_injected_files_are_complete(path: Path):
         local = {f["path"].removeprefix("/workspace/"): OSMO / f["localpath"] for f in task["files"]}
         assert {name for name in local if name.endswith(".py")} == wanted, f"to put this right: {COMMAND}"
         assert all((ROOT / name).samefile(local[name]) for name in wanted), "the same place here and there"
-        scripts = {word.removeprefix("/workspace/") for word in task["command"] if word.startswith("/workspace/")}
+        words = task["command"] + [word.rpartition("=")[2] for word in task["args"]]
+        scripts = {word.removeprefix("/workspace/") for word in words if re.match("/workspace/.*[.]sh$", word)}
+        if any(word.startswith("--eval-dataset=") for word in task["args"]):
+            scripts.add("eval-entrypoint.sh")
         assert set(local) == wanted | scripts | {"config.yaml"}
         assert local["config.yaml"] == config_of(path)
 
@@ -256,7 +259,7 @@ def test_what_the_workflows_share_is_the_same(storage: tuple[str, ...]):
         for task in training_tasks(spec):
             lead = "ddp" not in path.name or task.get("lead", False)
             inputs = [i for i in task.get("inputs", []) if "rosbags" in str(i)]
-            own = ("config.yaml", "download-blob.sh")
+            own = ("config.yaml", "download-blob.sh", "eval-entrypoint.sh")
             text = str([task.get("outputs"), task.get("checkpoint")]) if lead else "nothing"
             shared[f"{path.name} {task['name']}"] = {
                 "image": task["image"],
@@ -282,24 +285,24 @@ def test_every_variant_runs_the_base_command(path: Path, storage: tuple[str, ...
     """Word by word, but for what makes it a variant; so what the base workflow's runs show holds for all of them."""
     changes = [*storage, "steps=10", "overrides=training.batch_size=2"]
 
+    own = r"--(bags|gpus|workflow|download|eval-|override=(wandb\.|training\.(lr|kl_weight)=))"
+
     def words(task: dict[str, Any]) -> list[str]:
-        return [word.replace("{{input:0}}", "{{input:1}}") for word in task["command"] + task["args"]
-                if not re.match(r"--bags|--override=(wandb\.|training\.(lr|kl_weight)=)", word)]  # fmt: skip
+        given = task["command"] + task["args"]
+        return [word.replace("{{input:0}}", "{{input:1}}") for word in given if not re.match(own, word)]
 
     base = words(tasks(submit(OSMO / "osmo-workflow.yaml", *changes))[0])
     start = base.index("python")
     for task in training_tasks(submit(path, *changes)):
         found = words(task)
-        if "blob" in path.name:
-            assert found[:2] == ["bash", "/workspace/download-blob.sh"]
-            found = found[2:]
+        assert ("--download=/workspace/download-blob.sh" in task["args"]) is ("blob" in path.name)
         if "ddp" in path.name:
             assert [w.split("=")[0] for w in found if w not in base] == [
                 "torchrun", "--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port"
             ]  # fmt: skip
             found = ["python" if w == "torchrun" else w for w in found if w == "torchrun" or w in base]
             if not task.get("lead"):
-                found[found.index("python") : found.index("python")] = base[2:start]
+                found[2:2] = [word for word in base[2:start] if word not in found]
         assert found == base, path.name
 
 
@@ -438,6 +441,40 @@ def test_ddp_is_one_group_of_nodes(n_nodes: int, storage: tuple[str, ...]):
         assert ("--resume-from=/osmo/data/input/1" in task["args"]) is (lead and bool(storage))
 
 
+@each_workflow
+def test_the_script_gets_what_it_checks(path: Path):
+    """Whatever a submission can say wrongly, and OSMO takes, reaches train-entrypoint.sh (test_osmo_runs.py: what it
+    refuses). Nothing that is given counts as not given: steps=0 arrives."""
+    spec = submit(path, f"{STORAGE}/", "run=1e5", "gpu=4", "steps=0", "overrides=7", "eval_args=7")
+    for task in training_tasks(spec):
+        given = {"--run=100000.0", f"--storage-url={STORAGE.partition('=')[2]}/", "--override=training.steps=0"}
+        given |= {"--override=7"} | ({"--gpus=4"} if "ddp" not in path.name else set())
+        given |= {"--eval-option=7"} if "eval" in path.name else set()
+        assert given <= set(task["args"])
+        assert ("--workflow={{workflow_id}}" in task["args"]) is ("wandb" not in path.name), "there, run is a name, too"
+
+
+REFUSED_BY_OSMO = {
+    "a storage url with a slash at its end": ("osmo-workflow.yaml", f"{STORAGE}/"),
+    "two arms of the same value": ("osmo-workflow-sweep.yaml", "lrs=1e-4 0.0001"),
+    "two arms of one value each, written differently": ("osmo-workflow-sweep.yaml", "kl_weights=10 1.0 1"),
+    "a timeout without a unit": ("osmo-workflow.yaml", "exec_timeout=24"),
+    "a timeout in two units": ("osmo-workflow.yaml", "queue_timeout=1h30m"),
+    "memory in GB": ("osmo-workflow.yaml", "memory=32GB"),
+    "half a processor": ("osmo-workflow.yaml", "cpu=0.5"),
+    "no nodes": ("osmo-workflow-ddp.yaml", "n_nodes=0"),
+    "one and a half nodes": ("osmo-workflow-ddp.yaml", "n_nodes=1.5"),
+    "a credential that is none": ("osmo-workflow-blob.yaml", "blob_credential=my secret"),
+}
+
+
+@pytest.mark.parametrize("workflow, assignment", REFUSED_BY_OSMO.values(), ids=list(REFUSED_BY_OSMO))
+def test_refused_on_submission(workflow: str, assignment: str):
+    """What --set can say wrongly and OSMO itself notices: no task starts."""
+    with pytest.raises((SpecError, TypeError)):
+        check(submit(OSMO / workflow, assignment), "6.3.1")
+
+
 def test_ddp_has_four_nodes_by_default():
     assert len(tasks(submit(OSMO / "osmo-workflow-ddp.yaml"))) == 4
 
@@ -475,7 +512,7 @@ def test_wandb_gets_its_key_and_is_on():
 
 def test_blob_has_a_sas_or_an_identity():
     task = tasks(submit(OSMO / "osmo-workflow-blob.yaml"))[0]
-    assert task["command"][:2] == ["bash", "/workspace/download-blob.sh"] and "inputs" not in task
+    assert "--download=/workspace/download-blob.sh" in task["args"] and "inputs" not in task
     assert task["credentials"] == {
         "azure-blob": {"AZURE_STORAGE_ACCOUNT": "azure_storage_account", "AZURE_STORAGE_SAS": "azure_storage_sas"}
     }
