@@ -1,7 +1,7 @@
 """osmo-workflow-ddp.yaml on two nodes: two network namespaces with a cable between them, torchrun across it, gloo.
 
-The rendered commands run as they are; {{host:node-0}} is a name that each node's /etc/hosts maps to node 0's address.
-OSMO's part, restarting a group, is played by killing and starting commands in the order that OSMO does.
+The rendered commands run as they are; {{host:train-act-ddp}} is a name that each node's /etc/hosts maps to node 0's
+address. OSMO's part, restarting a group, is played by killing and starting commands in the order that OSMO does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tests.osmo_spec import place, submit
 from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny, upload
 from tests.tiny import metrics
 
-HOSTS = {"node-0": "node-0.workers.example", "node-1": "node-1.workers.example"}
-ADDRESSES = {"node-0": "10.211.0.1", "node-1": "10.211.0.2"}
+LEAD, FOLLOWER = "train-act-ddp", "train-act-ddp-1"
+HOSTS = {LEAD: "node-0.workers.example", FOLLOWER: "node-1.workers.example"}
+ADDRESSES = {LEAD: "10.211.0.1", FOLLOWER: "10.211.0.2"}
 
 
 def ip(*words: str) -> None:
@@ -38,7 +39,7 @@ def networks() -> Iterator[dict[str, str]]:
     try:
         for name in names.values():
             ip("netns", "add", name)
-        ip("link", "add", ends["node-0"], "type", "veth", "peer", "name", ends["node-1"])
+        ip("link", "add", ends[LEAD], "type", "veth", "peer", "name", ends[FOLLOWER])
         for node, name in names.items():
             ip("link", "set", ends[node], "netns", name)
             ip("-n", name, "addr", "add", f"{ADDRESSES[node]}/24", "dev", ends[node])
@@ -166,8 +167,8 @@ def two_gpus(networks: dict[str, str], sample_bags: Path, tmp_path: Path) -> Ite
     settings = tiny(training__steps=30, training__save_freq=30, training__log_freq=1, training__val_fraction=0)
     spec = submit(WORKFLOWS / "osmo-workflow-ddp.yaml", "n_nodes=1", "gpus_per_node=2", settings)
     box = TaskBox(
-        tmp_path, place(spec, hosts=HOSTS)["node-0"], {0: sample_bags}, network=networks["node-0"],
-        hosts={HOSTS["node-0"]: "127.0.0.1", socket.gethostname(): "127.0.0.1"}, GLOO_SOCKET_IFNAME="lo",
+        tmp_path, place(spec, hosts=HOSTS)[LEAD], {0: sample_bags}, network=networks[LEAD],
+        hosts={HOSTS[LEAD]: "127.0.0.1", socket.gethostname(): "127.0.0.1"}, GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     yield box
     box.lose()

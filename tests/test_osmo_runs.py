@@ -239,7 +239,12 @@ WRONG = {  # the workflow, its task, what --set says, the message
     "four GPUs for one process": ("", "", ["gpu=4"], "osmo-workflow-ddp.yaml with n_nodes=1 gpus_per_node=4"),
     "steps twice": ("", "", ["steps=10"], "overrides: training.steps=9: training.steps is given twice"),
     "what the sweep varies": (SWEEP, "train-lr1e5-kl1", [], "training.lr=0.0001: training.lr is given twice: in"),
-    "no GPU on a node": (DDP, "node-0", ["gpus_per_node=0"], "gpus_per_node: found '0', expected a whole number"),
+    "no GPU on a node": (
+        DDP,
+        "train-act-ddp",
+        ["gpus_per_node=0"],
+        "gpus_per_node: found '0', expected a whole number",
+    ),
     "an episode twice": (
         EVAL,
         "",
@@ -280,7 +285,7 @@ def test_what_set_says_is_checked_first(
 
 
 def test_peer_wait_s_is_checked_first(sample_bags: Path, tmp_path: Path):
-    box = TaskBox(tmp_path, task(DDP, name="node-1"), {0: sample_bags}, PEER_WAIT_S="10m")
+    box = TaskBox(tmp_path, task(DDP, name="train-act-ddp-1"), {0: sample_bags}, PEER_WAIT_S="10m")
     assert box.run(timeout_s=20) == 1
     assert "PEER_WAIT_S: found '10m', expected a whole number of seconds" in error_line(box)
 
@@ -416,7 +421,7 @@ def test_loader_processes_only_with_shared_memory(shm_mib: int, workers: int, sa
 
 def test_each_gpu_needs_shared_memory_of_its_own(sample_bags: Path, tmp_path: Path):
     """What is enough for one process's loaders is not for two."""
-    both = task("osmo-workflow-ddp.yaml", "n_nodes=1", "gpus_per_node=2", name="node-0")
+    both = task("osmo-workflow-ddp.yaml", "n_nodes=1", "gpus_per_node=2", name="train-act-ddp")
     both["args"].remove("--override=training.num_workers=0")
     box = TaskBox(tmp_path, both, {0: sample_bags}, shm_mib=400)
     box.start()

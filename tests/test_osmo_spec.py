@@ -7,6 +7,7 @@ the commands.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shutil
 from pathlib import Path
@@ -328,29 +329,53 @@ def test_every_default_value_is_used(path: Path):
         assert re.search(rf"{{[{{%][^}}]*\b{name}\b[^}}]*}}", workflow), name
 
 
-def test_the_configs_hold_only_what_differs_from_the_trainer(tmp_path: Path):
-    """And this is the whole list. The two differ in the number of loader processes alone."""
-    (tmp_path / "empty.yaml").write_text("")
-    default = train.load_config(tmp_path / "empty.yaml")
+KEY_SETTINGS = {  # those that the guide's tables name, for a person to edit: there even where they are the defaults
+    *(f"training.{key}" for key in ("steps", "batch_size", "lr", "scheduler", "warmup_steps", "min_lr")),
+    *("model.chunk_size", "data.fps", "wandb.enabled", "wandb.project", "wandb.run_name", "wandb.tags"),
+}
 
-    def differences(name: str) -> dict[str, Any]:
-        path = Path(shutil.copy(OSMO / name, tmp_path))  # beside the empty one: relative defaults are the same then
-        config = train.load_config(path)
-        keys = [(section, key) for section, values in yaml.safe_load(path.read_text()).items() for key in values]
-        found = {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in keys}
-        same = [f"{s}.{k}" for s, k in keys if getattr(getattr(config, s), k) == getattr(getattr(default, s), k)]
-        assert not same, f"{name}: {same} are the defaults"
-        return found
 
-    base = differences("osmo-config.yaml")
-    assert base == {
+def value_of(config: train.Config, dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """Every key of a config with the value that train.py takes from it."""
+    config = train.load_config(path)
+    keys = [f"{section}.{key}" for section, values in load(path.read_text()).items() for key in values]
+    return {key: value_of(config, key) for key in keys}
+
+
+def test_the_configs_hold_the_key_settings_and_what_differs_from_the_trainer():
+    """And this is the whole list. That for several GPUs has larger batches and more loader processes."""
+    base = settings_in(OSMO / "osmo-config.yaml")
+    assert base == {key: value_of(train.Config(), key) for key in KEY_SETTINGS} | {
         "data.bag_dir": "/data/rosbags",
         "data.cache_dir": "/data/frame-cache",
         "training.output_dir": "/output/train-rosbag-act",
         "training.device": "cuda",
         "training.keep_checkpoints": 3,
+        "wandb.tags": ["osmo"],
     }
-    assert differences("osmo-config-ddp.yaml") == base | {"training.num_workers": 4}
+    several = settings_in(OSMO / "osmo-config-ddp.yaml")
+    assert several == base | {"training.num_workers": 4, "training.batch_size": 8}
+    nodes = sections((OSMO / "osmo-workflow-ddp.yaml").read_text())[1]
+    factors = several["training.batch_size"], nodes["n_nodes"], nodes["gpus_per_node"]
+    named = "{} x {} x {} = {}".format(*factors, math.prod(factors))
+    assert named in (OSMO / "osmo-config-ddp.yaml").read_text(), "the effective batch"
+
+
+def test_the_guide_has_the_key_settings_with_their_defaults():
+    """Its tables of settings show every key that the configs do, with the value that it has there."""
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| ([^|]+) \|", GUIDE.read_text(), re.MULTILINE)
+    assert {key for key, _ in rows} == KEY_SETTINGS | {"training.num_workers"}
+    for key, shown in rows:
+        one, _, several = shown.partition(", with several GPUs ")
+        for name, value in (("osmo-config.yaml", one), ("osmo-config-ddp.yaml", several or one)):
+            assert value_of(train.load_config(OSMO / name), key) == value_of(
+                train.load_config(OSMO / name, [f"{key}={value}"]), key
+            ), f"{key} of {name}"
 
 
 def test_paths_agree_between_config_script_and_workflows():
@@ -425,8 +450,9 @@ def test_ddp_is_one_group_of_nodes(n_nodes: int, storage: tuple[str, ...]):
     check(spec, "6.3.1")
     assert spec["workflow"]["groups"][0]["ignoreNonleadStatus"] is False
     assert spec["workflow"]["resources"]["default"]["gpu"] == "2"
-    placed = place(spec, hosts={f"node-{rank}": f"address-{rank}" for rank in range(n_nodes)})
-    assert list(placed) == [f"node-{rank}" for rank in range(n_nodes)]
+    names = ["train-act-ddp", *(f"train-act-ddp-{rank}" for rank in range(1, n_nodes))]
+    placed = place(spec, hosts={name: f"address-{rank}" for rank, name in enumerate(names)})
+    assert list(placed) == names
     for rank, task in enumerate(placed.values()):
         start = task["args"].index("torchrun")
         assert task["args"][start : start + 7] == [
@@ -675,6 +701,18 @@ def test_the_readme_suggests_what_trainer_and_evaluator_know():
         train.load_config(OSMO / "osmo-config.yaml", each.split())
     for each in options:
         offline_eval.parser().parse_args(["--checkpoint=C", "--dataset=D", *each.split()])
+
+
+def test_the_readme_shows_the_logs_of_tasks_that_there_are():
+    """`--task` names a task of the workflow that the id, NAME-1, is of."""
+    shown = [words for words in readme_commands(GUIDE) if words[1:3] == ["workflow", "logs"]]
+    names = {}
+    for path in WORKFLOWS:
+        spec = submit(path)
+        names[spec["workflow"]["name"]] = {task["name"] for task in tasks(spec)}
+    for words in shown:
+        assert words[words.index("--task") + 1] in names[words[3].rpartition("-")[0]], words
+    assert any("train-act-ddp" in words for words in shown)
 
 
 def test_the_readme_names_every_variant_and_setting():
