@@ -25,6 +25,8 @@ import jinja2
 import jinja2.sandbox
 import yaml
 
+from training.grid import parse_grid
+
 VERSIONS = ("6.2.8", "6.3.1", "6.4")
 DATA = "/osmo/data"  # {{input:N}} is DATA/input/N, {{output}} is DATA/output
 MAX_TASKS = 20
@@ -144,10 +146,16 @@ GUIDES = (ROOT / "README.md", GUIDE)
 def readme_commands(*guides: Path) -> list[list[str]]:
     """Every command in the shell blocks of these guides, or of all, as words; a backslash at a line's end goes on with
     it, && begins the next command."""
-    texts = [guide.read_text() for guide in guides or GUIDES]
+    texts = [with_grids(guide.read_text()) for guide in guides or GUIDES]
     blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]  # may be indented
     lines = "\n".join(blocks).replace("\\\n", " ").replace(" && ", "\n").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def with_grids(text: str) -> str:
+    """The text with what a shell puts in the place of "$(python -m training.grid ...)"."""
+    command = r"\$\(python -m training[.]grid ([^)]*)\)"
+    return re.sub(command, lambda match: " ".join(map(str, parse_grid(match[1]))), text)
 
 
 def inline_settings(name: str) -> list[str]:
@@ -160,7 +168,7 @@ def inline_settings(name: str) -> list[str]:
 
 def head_commands(workflow: Path) -> list[list[str]]:
     """The `osmo` commands in the comment at a workflow's head."""
-    lines = workflow.read_text().replace("\\\n#", " ").splitlines()
+    lines = with_grids(workflow.read_text().replace("\\\n#", " ")).splitlines()
     return [shlex.split(line[1:], comments=True) for line in lines if line.startswith("#   osmo ")]
 
 

@@ -50,7 +50,7 @@ VARIANTS = {  # beside the guides' commands; each with datasets and with a stora
         ["steps=10", "memory=64Gi", "platform=p", "overrides=training.lr=5e-5 conventions.image_resize=[240,320]"],
     ),
     "osmo-workflow-ddp.yaml": ([], ["n_nodes=1"], ["n_nodes=2"], ["n_nodes=8"]),
-    "osmo-workflow-sweep.yaml": ([], ["wandb=true"], ["lrs=2e-5 4e-5", "kl_weights=10"]),
+    "osmo-workflow-sweep.yaml": ([], ["wandb=true"], ["sweep=lr2e5:training.lr=2e-5 lr4e5:training.lr=4e-5"]),
     "osmo-workflow-blob.yaml": ([], ["blob_credential=", "storage_account=account"]),
     "osmo-workflow-train-eval.yaml": ([], ["eval_args=--rollout --max-mae=0.002", "eval_episodes=0 1"]),
     "osmo-workflow-wandb.yaml": ([],),

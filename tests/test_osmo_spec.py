@@ -37,6 +37,7 @@ from tests.osmo_spec import (
     tasks,
 )  # fmt: skip
 from tests.tiny import ROOT
+from training.grid import EXAMPLE, parse_grid
 
 OSMO = ROOT / "osmo"
 WORKFLOWS = sorted(OSMO.glob("osmo-workflow*.yaml"))
@@ -482,8 +483,8 @@ def test_the_script_gets_what_it_checks(path: Path):
 
 REFUSED_BY_OSMO = {
     "a storage url with a slash at its end": ("osmo-workflow.yaml", f"{STORAGE}/"),
-    "two arms of the same value": ("osmo-workflow-sweep.yaml", "lrs=1e-4 0.0001"),
-    "two arms of one value each, written differently": ("osmo-workflow-sweep.yaml", "kl_weights=10 1.0 1"),
+    "two runs of one name": ("osmo-workflow-sweep.yaml", "sweep=lr1:training.lr=1 lr1:training.lr=1.0"),
+    "a sweep without names": ("osmo-workflow-sweep.yaml", "sweep=training.lr=1e-5,1e-4"),
     "a timeout without a unit": ("osmo-workflow.yaml", "exec_timeout=24"),
     "a timeout in two units": ("osmo-workflow.yaml", "queue_timeout=1h30m"),
     "memory in GB": ("osmo-workflow.yaml", "memory=32GB"),
@@ -497,7 +498,7 @@ REFUSED_BY_OSMO = {
 @pytest.mark.parametrize("workflow, assignment", REFUSED_BY_OSMO.values(), ids=list(REFUSED_BY_OSMO))
 def test_refused_on_submission(workflow: str, assignment: str):
     """What --set can say wrongly and OSMO itself notices: no task starts."""
-    with pytest.raises((SpecError, TypeError)):
+    with pytest.raises((SpecError, TypeError, ValueError)):
         check(submit(OSMO / workflow, assignment), "6.3.1")
 
 
@@ -517,17 +518,28 @@ def test_sweep_has_the_six_arms():
     assert arms == {f"ur10e-act-sweep-lr{lr}-kl{kl}": (value, kl) for (lr, kl), value in grid.items()}
 
 
+def test_the_default_sweep_is_the_documents_grid():
+    """As the one parser of grids makes it, from the text in the comment beside it."""
+    text = (OSMO / "osmo-workflow-sweep.yaml").read_text()
+    assert f"sweep: >-  # python -m training.grid {EXAMPLE}\n" in text
+    assert sections(text)[1]["sweep"].split() == [str(arm) for arm in parse_grid(EXAMPLE)]
+
+
 def test_sweep_with_wandb_and_another_grid():
-    """--set turns a lone 3e-5 into a number before the template sees it: the arm is named all the same."""
-    spec = submit(OSMO / "osmo-workflow-sweep.yaml", "wandb=true", "lrs=3e-5", "kl_weights=0.5")
+    """Any settings, with what --set makes of a command's lines: runs of their own names, tasks and datasets."""
+    arms = parse_grid("training.lr=3e-5 conventions.image_resize=[240,320],null training.batch_size=8")
+    spec = submit(OSMO / "osmo-workflow-sweep.yaml", "wandb=true", "sweep=" + "\n".join(map(str, arms)))
     check(spec, "6.3.1")
-    (task,) = tasks(spec)
-    settings = dict(o.split("=", 1) for o in overrides(task))
-    assert task["name"] == "train-lr3e5-kl0_5"
-    assert float(settings["training.lr"]) == 3e-5 and float(settings["training.kl_weight"]) == 0.5
-    assert settings["wandb.enabled"] == "true" and settings["wandb.tags"] == "[sweep]"
-    assert settings["wandb.run_name"] == "sweep-lr3e5-kl0_5" and "wandb.project" not in settings
-    assert task["credentials"] == {"wandb": {"WANDB_API_KEY": "wandb_api_key"}}
+    assert len(tasks(spec)) == len(arms) == 2
+    for task, arm in zip(tasks(spec), arms, strict=True):
+        assert task["name"] == f"train-{arm.name}" and "lr3e5-image_resize" in arm.name
+        assert task["outputs"] == [{"dataset": {"name": f"ur10e-act-sweep-{arm.name}"}}]
+        assert tuple(overrides(task)[:3]) == arm.settings
+        train.load_config(OSMO / "osmo-config.yaml", overrides(task))
+        settings = dict(o.split("=", 1) for o in overrides(task))
+        assert settings["wandb.enabled"] == "true" and settings["wandb.tags"] == "[sweep]"
+        assert settings["wandb.run_name"] == f"sweep-{arm.name}" and "wandb.project" not in settings
+        assert task["credentials"] == {"wandb": {"WANDB_API_KEY": "wandb_api_key"}}
 
 
 def test_wandb_gets_its_key_and_is_on():

@@ -2,6 +2,7 @@
 
     settings          reading YAML and --override into a schema of dataclasses; knows no key
     checks            rules between settings
+    grid              the runs of a sweep, each with its name and settings
     ranks             several processes as one run: their store, their sums, the news that one has failed
     stopping          SIGTERM and Ctrl-C as a request
     feed              the order of samples, the loader, frames on the device, batches as the model takes them
