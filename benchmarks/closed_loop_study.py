@@ -1,12 +1,12 @@
-"""Which settings give a policy that does its task? One factor at a time around the demo's, in closed loop.
+"""Which settings give a policy that does its task? One factor at a time around one set of settings, in closed loop.
 
     python -m benchmarks.closed_loop_study                                   # all arms, three seeds: hours on 2 cores
-    python -m benchmarks.closed_loop_study --arms demo,delta,relative --seeds 1
+    python -m benchmarks.closed_loop_study --arms base,delta,relative --seeds 1
     python -m benchmarks.closed_loop_study --jobs 14                         # on a GPU, with 16 cores: 10 minutes
 
-Each arm is `train.py --config sim/demo.yaml` with the overrides that its row names, and then `sim.rollout` on scenes
-that no recording has. It resumes: what is finished in --out is not done again, a training that was interrupted goes on.
-Ends with one table, also in --out/study.md, and all numbers in --out/study.json. Success rates of one arm's seeds
+Each arm is `train.py --config sim/demo.yaml` with BASE, with the overrides that its row names, and then `sim.rollout`
+on scenes that no recording has. It resumes: what is finished in --out is not done again, an interrupted training goes
+on. Ends with one table, also in --out/study.md, and all numbers in --out/study.json. Success rates of one arm's seeds
 differ by tens of points where a policy only half learns its task: the spread is a result, so it is in the table.
 """
 
@@ -35,16 +35,18 @@ MOST_EPISODES = 400  # recorded once; an arm with fewer takes the first of them
 
 @dataclass(frozen=True)
 class Arm:
-    """One row: overrides of sim/demo.yaml, options of sim.rollout, and how many of the episodes it is given."""
+    """One row: overrides of sim/demo.yaml and BASE, options of sim.rollout, how many of the episodes it is given."""
 
     overrides: tuple[str, ...] = ()
     rollout: tuple[str, ...] = ()
     episodes: int = MOST_EPISODES
 
 
+# What all arms share. The demo has since taken the chunk that came out best.
+BASE = ("model.chunk_size=30", "training.steps=1400", "training.save_freq=700")
 VAE = ("model.use_vae=true", "training.kl_weight=10")
 ARMS = {
-    "demo": Arm(),
+    "base": Arm(),
     "delta": Arm(("conventions.action_mode=delta",)),
     "relative": Arm(("conventions.action_mode=relative",)),
     "VAE": Arm(VAE),
@@ -120,7 +122,8 @@ def score(arm: str, seed: int, bags: dict[int, Path], args: argparse.Namespace) 
     Arms that differ in the roll-out alone share a training.
     """
     what = ARMS[arm]
-    overrides = [*what.overrides, *args.override, f"training.seed={seed}", f"data.bag_dir={bags[what.episodes]}",
+    settings = dict(pair.split("=", 1) for pair in (*BASE, *what.overrides, *args.override))  # the last of a key counts
+    overrides = [*map("=".join, settings.items()), f"training.seed={seed}", f"data.bag_dir={bags[what.episodes]}",
                  f"data.cache_dir={args.out / 'cache'}"]  # fmt: skip
     name = ",".join([*what.overrides, *args.override, f"{what.episodes}"]) + f",{seed}"
     run = args.out / "runs" / name.replace("/", "_")
