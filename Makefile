@@ -14,7 +14,7 @@ DEMO_EPISODES ?= 300
 DEMO_ROLLOUTS := --checkpoint outputs/demo --episodes 200 --output outputs/demo-rollouts --gif outputs/demo.gif
 DEMO_GATE ?= # for example --min-success 0.9: below it the demo fails
 PROOF_TRAINING := data.bag_dir=outputs/proof-bags data.cache_dir=outputs/proof-cache training.output_dir=outputs/proof \
-	model.chunk_size=60 training.steps=8000 training.save_freq=4000
+	training.steps=8000 training.save_freq=4000
 PROOF_ROLLOUTS := --checkpoint outputs/proof --episodes 500 --robustness --min-success 0.98 --max-blind 0.1 \
 	--output outputs/proof-rollouts
 TESTS ?= tests
