@@ -41,6 +41,7 @@ import lerobot_checkpoint
 from act_model import ACT, ACTConfig, loss_terms
 from lerobot_checkpoint import CheckpointError, CheckpointSaver, Normalizer
 from rosbag_dataset import (
+    CHOICES,
     UR_JOINTS,
     BagSettings,
     ChunkDataset,
@@ -75,11 +76,11 @@ class DataConfig:
     joint_names: list[str] = setting(list(UR_JOINTS), "joints, in the order of state and action")
     fps: float = setting(30.0, "rate of the training frames, Hz", low=0.1)
     max_offset_ms: float = setting(50.0, "a frame needs a sample of every topic this near, ms", low=0.0)
-    joint_resample: str = setting("linear", "how joints are put on the frames' times", choices=("linear", "nearest"))
-    time_source: str = setting("receive", "which clock orders the messages", choices=("receive", "header"))
+    joint_resample: str = setting("linear", "how joints are put on frames' times", choices=CHOICES["joint_resample"])
+    time_source: str = setting("receive", "which clock orders the messages", choices=CHOICES["time_source"])
     image_stats: str = setting("imagenet", "what normalises images", choices=("imagenet", "dataset"))
     ros_distro: str = setting("humble", "whose message definitions decode the bags")
-    on_bad_bag: str = setting("error", "what a bag that cannot be used does", choices=("error", "skip"))
+    on_bad_bag: str = setting("error", "what a bag that cannot be used does", choices=CHOICES["on_bad_bag"])
     frames_on_device: str = setting("auto", "auto: frames live on the GPU when they fit", choices=("auto", "never"))
 
 
@@ -89,7 +90,7 @@ class ConventionsConfig:
     apply_joint_sign: bool = setting(False, "multiply joint positions by joint_sign")
     wrap_angles: bool = setting(True, "one angle for one pose: wrap revolute joints around their training data")
     image_resize: list[int] | None = setting(None, "[height, width] of the frames, pixels; null keeps the camera's")
-    action_mode: str = setting("delta", "what the policy predicts, rad", choices=("delta", "absolute", "relative"))
+    action_mode: str = setting("delta", "what the policy predicts, rad", choices=CHOICES["action_mode"])
 
 
 @dataclass

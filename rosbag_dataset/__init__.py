@@ -31,7 +31,7 @@ from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATIO
 from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
-from .settings import UR_JOINTS, BagSettings, setting_rules, settings_from
+from .settings import CHOICES, UR_JOINTS, BagSettings, setting_rules, settings_from
 from .statistics import angle_references, compute_stats
 from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
@@ -42,6 +42,7 @@ __all__ = [
     "MAX_PIXELS",
     "NO_LOCKS",
     "RESIZE_INTERPOLATION",
+    "CHOICES",
     "UR_JOINTS",
     "Bag",
     "BagError",

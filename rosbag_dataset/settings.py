@@ -22,6 +22,14 @@ UR_JOINTS = (
     "shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint", "wrist_3_joint",
 )  # fmt: skip
 
+# What a setting can be that is a choice: for the config's schema, for those who check one, for the robot's side.
+CHOICES = {
+    "joint_resample": ("linear", "nearest"),
+    "time_source": ("receive", "header"),
+    "on_bad_bag": ("error", "skip"),
+    "action_mode": ("delta", "absolute", "relative"),
+}
+
 Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
 
 
@@ -129,16 +137,15 @@ def check_settings(settings: BagSettings, where: str) -> None:
     Raises:
         BagError: the first key that cannot be used, what was found and what is expected.
     """
-    choices = {
-        "data.joint_resample": (settings.joint_resample, ("linear", "nearest")),
-        "data.time_source": (settings.time_source, ("receive", "header")),
-        "data.on_bad_bag": (settings.on_bad_bag, ("error", "skip")),
-        "conventions.action_mode": (settings.action_mode, ("delta", "absolute", "relative")),
-    }
+    chosen = {name: getattr(settings, name) for name in CHOICES}
+    section = dict.fromkeys(CHOICES, "data") | {"action_mode": "conventions"}
     rules: list[Rule] = [
         (math.inf > settings.fps >= 0.1, "data.fps", settings.fps, "at least 0.1"),
         (math.inf > settings.max_offset_ms >= 0, "data.max_offset_ms", settings.max_offset_ms, "at least 0"),
-        *((value in known, key, value, f"one of {', '.join(known)}") for key, (value, known) in choices.items()),
+        *(
+            (value in CHOICES[name], f"{section[name]}.{name}", value, f"one of {', '.join(CHOICES[name])}")
+            for name, value in chosen.items()
+        ),
         *setting_rules(
             settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
             settings.image_resize, settings.camera_topics,

@@ -21,6 +21,7 @@ Must not know: the success criterion (world.py), how a policy drives (closed_loo
 
 import datetime
 import json
+import operator
 import sys
 import time
 from dataclasses import asdict, replace
@@ -116,6 +117,10 @@ def summarise_all(args, runner, runs, perturbed, notes):
     success = summarise(rows[POLICY])
     baselines = {name: summarise(rows[name]) for name in rows if name != POLICY and name not in perturbed}
     rate, blind = success["success_rate"], max(of["success_rate"] for of in baselines.values())
+    gates = [
+        ("--min-success", args.min_success, rate, operator.ge),
+        ("--max-blind", args.max_blind, blind, operator.le),
+    ]
     return dict(
         success=success,
         baselines=baselines,
@@ -124,11 +129,8 @@ def summarise_all(args, runner, runs, perturbed, notes):
             for name, conditions in perturbed.items()
         },
         gates=[
-            dict(gate=gate, limit=limit, found=found, passed=passed)
-            for gate, limit, found, passed in (
-                ("--min-success", args.min_success, rate, args.min_success is None or rate >= args.min_success),
-                ("--max-blind", args.max_blind, blind, args.max_blind is None or blind <= args.max_blind),
-            )
+            dict(gate=gate, limit=limit, found=found, passed=passed(found, limit))
+            for gate, limit, found, passed in gates
             if limit is not None
         ],
         task=dict(

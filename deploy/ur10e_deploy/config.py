@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
-from rosbag_dataset import UR_JOINTS, wrap_to_pi
+from rosbag_dataset import CHOICES, UR_JOINTS, wrap_to_pi
 
 from .ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
 
 CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
 ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)
 WARM_UP_INFERENCES = 3  # the first ones allocate, choose kernels and compile: measured apart
-ACTION_MODES = ("delta", "absolute", "relative")
+ACTION_MODES = CHOICES["action_mode"]
 FLOAT32_ROUNDING_RAD = 1e-6  # of angles of a few turns: a state that training stored just below pi stays there
 
 
