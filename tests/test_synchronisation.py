@@ -381,6 +381,16 @@ def test_a_jump_of_a_joint_is_cut_out(kind, mode):
     assert f"{report['dropped']} frames dropped" in text.split("cut at")[1]
 
 
+def test_jumps_again_and_again_are_refused():
+    """Ten jumps, of five glitches, are cut out; with one glitch more the recording is refused, however much is left."""
+    take = one_joint(lambda t: 0.3 * np.sin(t), seconds=4.0)
+    take.joint_rad[100:350:50, 0] += 0.4
+    report = sync(take).sync_report
+    assert report["joint_jumps"] == 10 and report["frames"] > 100
+    take.joint_rad[375, 0] += 0.4
+    assert "one of 12 steps faster than 10 rad/s" in error_of(lambda: sync(take))
+
+
 @both_storages
 def test_two_publishers_of_the_same_joints(tmp_path, storage):
     """The arm's driver, and one that says where the arm is not: refused, with joint, size, time and what it may be."""
