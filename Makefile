@@ -44,7 +44,7 @@ proof: .venv/installed-trainer
 
 # A part of them: make test TESTS=tests/test_train.py; without the containers, which take a third of the time:
 # make test TESTS="tests --ignore=tests/test_osmo_images.py"
-test: .venv/installed-all .venv-lerobot-0.4.4/installed .node/installed system-tools lint
+test: .venv/installed-all .venv-lerobot-0.4.4/installed .venv-mlflow/installed .node/installed system-tools lint
 	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
 
 lint: .venv/installed-all
@@ -79,6 +79,13 @@ lint: .venv/installed-all
 	@$(UV) pip install --quiet --python .venv-lerobot-0.4.4/bin/python -c constraints-lerobot-0.4.4.txt lerobot==0.4.4
 	@touch $@
 
+# Its own environment, because the server asks for other versions than the trainer, which needs the client alone.
+.venv-mlflow/installed: constraints-mlflow.txt | $(filter .uv/bin/uv,$(UV))
+	@echo "== installing an MLflow server into .venv-mlflow, for the tests of the tracker"
+	@test -x .venv-mlflow/bin/python || $(UV) venv --quiet .venv-mlflow
+	@$(UV) pip install --quiet --python .venv-mlflow/bin/python -c constraints-mlflow.txt mlflow
+	@touch $@
+
 # Azurite, a Blob server, and azcopy: for the tests of osmo/download-blob.sh.
 .node/installed: | system-tools
 	@mkdir -p .node/bin && echo '*' >.node/.gitignore
@@ -111,6 +118,8 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--all-extras --upgrade-package torch==2.13.0 --upgrade-package torchvision==0.28.0 -o constraints.txt pyproject.toml
 	echo lerobot==0.4.4 | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-lerobot-0.4.4.txt
+	echo mlflow | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
+		--no-annotate - -o constraints-mlflow.txt
 
 clean:
-	rm -rf .venv .venv-lerobot-0.4.4 .uv .node outputs
+	rm -rf .venv .venv-lerobot-0.4.4 .venv-mlflow .uv .node outputs

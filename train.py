@@ -63,7 +63,8 @@ from training.stopping import StopSignal
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; run the same again with --resume
 
 
-# -- the schema: every setting, its default (written here only), its unit and its bounds --------------------------
+# -- the schema: every setting, its default (written only once), its unit and its bounds --------------------------
+# The sections augmentation, wandb and mlflow stand beside what they are for: training/augment.py, training/trackers.py.
 
 
 @dataclass
@@ -91,20 +92,6 @@ class ConventionsConfig:
     wrap_angles: bool = setting(True, "one angle for one pose: wrap revolute joints around their training data")
     image_resize: list[int] | None = setting(None, "[height, width] of the frames, pixels; null keeps the camera's")
     action_mode: str = setting("delta", "what the policy predicts, rad", choices=CHOICES["action_mode"])
-
-
-@dataclass
-class AugmentationConfig:
-    """Random changes of the training images; never of held-out episodes, nor of anything but images."""
-
-    enabled: bool = setting(False, "change training images at random")
-    brightness: float = setting(0.2, "factor from 1 -/+ this", low=0.0)
-    contrast: float = setting(0.2, "factor from 1 -/+ this", low=0.0)
-    saturation: float = setting(0.5, "factor from 1 -/+ this", low=0.0)
-    hue: float = setting(0.05, "turn of -/+ this part of the colour circle", low=0.0)
-    rotate_deg: float = setting(5.0, "rotation of -/+ this, degrees", low=0.0)
-    translate: float = setting(0.05, "shift of -/+ this part of height and width", low=0.0)
-    scale: float = setting(0.0, "factor from 1 -/+ this", low=0.0)
 
 
 @dataclass
@@ -159,23 +146,16 @@ class TrainingConfig:
 
 
 @dataclass
-class WandbConfig:
-    enabled: bool = setting(False, "log to Weights & Biases")
-    project: str = setting("ur10e-act-train", "project")
-    run_name: str | None = setting(None, "name of the run; null lets wandb choose")
-    tags: list[str] = setting([], "tags of the run")
-
-
-@dataclass
 class Config:
     """The whole configuration; the sections are the YAML's top-level keys."""
 
     data: DataConfig = field(default_factory=DataConfig)
     conventions: ConventionsConfig = field(default_factory=ConventionsConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    augmentation: augment.AugmentationConfig = field(default_factory=augment.AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    wandb: trackers.WandbConfig = field(default_factory=trackers.WandbConfig)
+    mlflow: trackers.MlflowConfig = field(default_factory=trackers.MlflowConfig)
 
     @property
     def cameras(self) -> dict[str, str]:
@@ -299,8 +279,8 @@ class Trainer:
         resume_from: Path | None = world.share(opened)
         device.allow_tf32()
         # What can be refused at once is, before an hour of decoding.
-        if cfg.wandb.enabled and world.is_main:
-            trackers.import_wandb()
+        if world.is_main:
+            trackers.check_installed(cfg.wandb, cfg.mlflow)
         if cfg.training.compile == "true":
             device.check_compiler(world.device)
         model = cfg.model
@@ -308,7 +288,7 @@ class Trainer:
         state = lerobot_checkpoint.load_training_state(resume_from) if world.is_main and resume_from else None
         self._prepare_data(was=world.share(state and state["fingerprint"]))
         self._build_model(weights)
-        self.tracker_id: str | None = None
+        self.tracker_ids: dict[str, str | None] = {}
         self.validation_due: Path | None = None  # a checkpoint made by a stop that left no time to validate
         self.step, self.samples_seen = 0, 0
         # loss, L1, KL, gradient norm summed since the last line of metrics.jsonl, and the number of steps
@@ -385,7 +365,7 @@ class Trainer:
             "samples_seen": self.samples_seen,
             "validation_due": validation_due,
             "schedule": identity.learning_settings(self.settings),
-            "wandb_id": self.tracker.id,
+            **self.trackers.ids,
             "window": self.window,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -405,7 +385,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.window.copy_(state["window"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.tracker_id = state["wandb_id"]
+        self.tracker_ids = {name: state.get(name) for name in ("wandb_id", "mlflow_id")}
         self.validation_due = checkpoint if state["validation_due"] else None
         if changed := identity.differences(state["schedule"], identity.learning_settings(self.settings)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
@@ -454,7 +434,12 @@ class Trainer:
         """Train to training.steps, logging, validating and saving on the way; then the summary."""
         world, training = self.world, self.cfg.training
         loader = self.start()
-        self.tracker = _init_wandb(self.cfg, self.output_dir, world.is_main, self.tracker_id)
+        wandb_run = _init_wandb(self.cfg, self.output_dir, world.is_main, self.tracker_ids.get("wandb_id"))
+        facts = identity.facts(self.contract, self.fingerprint)
+        self.trackers = trackers.Trackers(wandb_run, trackers.start_mlflow(
+            self.cfg.mlflow, self.output_dir, world.is_main, self.tracker_ids.get("mlflow_id"), self.step,
+            self.settings, facts,
+        ))  # fmt: skip
         self.bar = tqdm(
             total=training.steps, initial=self.step, desc="training", unit="step", disable=not world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
@@ -464,22 +449,25 @@ class Trainer:
         self.stop.interrupts = False
         batches, exit_code = iter(loader), 1
         try:
-            if self.validation_due is not None:
-                score = self._validate()
-                if world.is_main:
-                    run_dir.score_late(self.output_dir, self.validation_due, score)
-            self._loop(batches)
-            exit_code = 0
-        finally:
-            self.bar.close()
             try:
-                self.tracker.finish(exit_code=exit_code)
+                if self.validation_due is not None:
+                    score = self._validate()
+                    if world.is_main:
+                        run_dir.score_late(self.output_dir, self.validation_due, score)
+                self._loop(batches)
             finally:
+                self.bar.close()
                 feed.end_loader(batches)
-        world.barrier()
-        world.close()  # the others need not wait for the summary
-        if world.is_main:
-            self._summarise()
+            world.barrier()
+            world.close()  # the others need not wait for the summary
+            if world.is_main:
+                self._summarise()
+            exit_code = 0
+        except Stopped:
+            exit_code = EXIT_STOPPED
+            raise
+        finally:
+            self.trackers.finish(exit_code)
 
     def _loop(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         training = self.cfg.training
@@ -489,7 +477,7 @@ class Trainer:
                 raw = next(batches)
             batch = self.prepare(raw)
             if self.step == 0:
-                trackers.log_camera_views(self.tracker, batch, self.normalizer)
+                self.trackers.log_camera_views(batch, self.normalizer)
             flags = self.train_step(batch)
             self.bar.update()
             self.saver.check()
@@ -584,10 +572,10 @@ class Trainer:
         self.pace.restart(self.step)
 
     def _append(self, line: dict[str, Any]) -> None:
-        """Rank 0 logs a line, to metrics.jsonl and to the tracker."""
+        """Rank 0 logs a line, to metrics.jsonl and to the trackers."""
         if self.world.is_main:
             self.journal.append(line)
-            self.tracker.log(line)
+            self.trackers.log(line)
 
     def _validate(self) -> float | None:
         """Score the policy on held-out samples, shared among the ranks: lower is better, None if there are none."""

@@ -86,7 +86,7 @@ for word in "$@"; do
       die "overrides: $setting: this setting is fixed on OSMO, where a run goes on from its newest checkpoint; to" \
         "continue an earlier run, give storage_url and run" ;;
     wandb.enabled) wandb=${setting#*=} ;;
-    wandb.*) ;; # those of a workflow are meant to be replaced
+    wandb.* | mlflow.*) ;; # those of a workflow are meant to be replaced
     *)
       [[ $seen != *" $key "* ]] || # the arms of a sweep would all be the same
         die "overrides: $setting: $key is given twice: in overrides, or there and by the workflow (steps, or what a" \

@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 from sim.record import record  # noqa: E402
 from tests.bags import make_take, write_bag  # noqa: E402
 from tests.checks import TAKE  # noqa: E402
+from tests.mlflow_server import MlflowServer  # noqa: E402
 from tests.once import once  # noqa: E402
 
 
@@ -32,6 +33,13 @@ def sample_bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record(folder / "bags", episodes=6, seed=7, storage="mcap", height=96, width=128)
 
     return once(tmp_path_factory, "sample", make) / "bags"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """An MLflow server, for tests with the mark xdist_group("mlflow"), of which one worker runs all."""
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
 
 
 @pytest.fixture

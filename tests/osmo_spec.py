@@ -72,6 +72,8 @@ def filled_in(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> t
         )
     for task in tasks(spec):
         for file in task.get("files", []):
+            if "contents" in file:  # an alias of a list that was filled in for another task
+                continue
             local = path.parent / file.pop("localpath")
             if not local.is_file():
                 raise SpecError(f"{path.name}: {local}: no such file")

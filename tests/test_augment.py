@@ -12,10 +12,11 @@ from torchvision.transforms import InterpolationMode
 
 from tests.tiny import assert_same_run, metrics, run, trainer
 from training import augment
-from training.augment import Strengths
+from training.augment import AugmentationConfig
 
-NONE = Strengths(0, 0, 0, 0, 0, 0, 0)
-SOME = Strengths(brightness=0.2, contrast=0.2, saturation=0.5, hue=0.05, rotate_deg=5, translate=0.05, scale=0.1)
+STRENGTHS = [field.name for field in dataclasses.fields(AugmentationConfig) if field.name != "enabled"]
+NONE = AugmentationConfig(True, **dict.fromkeys(STRENGTHS, 0))
+SOME = AugmentationConfig(True, 0.2, 0.2, saturation=0.5, hue=0.05, rotate_deg=5, translate=0.05, scale=0.1)
 
 
 @pytest.fixture
@@ -110,9 +111,9 @@ def test_draws_are_uniform_within_their_strengths_and_repeat_with_the_seed():
 def test_a_strength_of_zero_leaves_the_image_alone(images):
     assert augment.draw(NONE, 4, torch.Generator()) == {}
     assert torch.equal(augment.apply(images, {}), images)
-    for field in dataclasses.fields(Strengths):
-        only = dataclasses.replace(NONE, **{field.name: getattr(SOME, field.name)})
-        assert {name.split("_")[0] for name in augment.draw(only, 4, torch.Generator())} == {field.name.split("_")[0]}
+    for name in STRENGTHS:
+        only = dataclasses.replace(NONE, **{name: getattr(SOME, name)})
+        assert {drawn.split("_")[0] for drawn in augment.draw(only, 4, torch.Generator())} == {name.split("_")[0]}
 
 
 AUGMENTED = {"augmentation__enabled": "true"}
@@ -139,7 +140,7 @@ def test_augmentation_leaves_dropouts_noise_alone(sample_bags: Path, tmp_path: P
     plain = run(sample_bags, tmp_path / "plain")
     calls, original = [], augment.draw
     monkeypatch.setattr(augment, "draw", lambda *a: (calls.append(a), torch.rand(3), original(*a))[2])
-    zero = {f"augmentation__{name}": 0 for name in augment.Strengths.__dataclass_fields__}
+    zero = {f"augmentation__{name}": 0 for name in STRENGTHS}
     assert_same_run(run(sample_bags, tmp_path / "zero", **AUGMENTED, **zero), plain)
     assert len(calls) == 6
 

@@ -14,18 +14,12 @@ import yaml
 import train
 from act_model import ACTConfig
 from rosbag_dataset import BagSettings, episodes
+from tests.mlflow_server import MlflowServer
 from tests.tiny import ROOT, run
-from train import (
-    AugmentationConfig,
-    Config,
-    ConventionsConfig,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-    WandbConfig,
-    load_config,
-)
+from train import Config, ConventionsConfig, DataConfig, ModelConfig, TrainingConfig, load_config
+from training.augment import AugmentationConfig
 from training.errors import ConfigError
+from training.trackers import MlflowConfig, WandbConfig
 
 PACKAGES = ("training", "rosbag_dataset", "lerobot_checkpoint")
 SOURCES = sorted([*ROOT.glob("*.py"), *(file for name in PACKAGES for file in (ROOT / name).glob("*.py"))])
@@ -76,19 +70,24 @@ def test_an_empty_config_and_config_yaml_mean_the_same(tmp_path: Path):
 # The sections, and what is made of them.
 READ_FROM = {
     DataConfig: "data", ConventionsConfig: "conventions", AugmentationConfig: "augmentation", ModelConfig: "model",
-    TrainingConfig: "training", WandbConfig: "wandb", ACTConfig: "model", BagSettings: "data and conventions",
+    TrainingConfig: "training", WandbConfig: "wandb", MlflowConfig: "mlflow", ACTConfig: "model",
+    BagSettings: "data and conventions",
 }  # fmt: skip
 # Functions that read settings without doing what they say: they copy them, check them, or name a cache entry by them.
 NO_USE = {"__post_init__", "act_config", "cache_key", "check_settings", "read_settings", "_set", "__eq__", "__hash__"}
 SWITCHED_ON = {
     "conventions__apply_joint_sign": "true", "augmentation__enabled": "true", "wandb__enabled": "true",
+    "mlflow__enabled": "true",
     "training__scheduler": "cosine", "training__warmup_steps": 1, "training__steps": 2, "training__save_freq": 1,
     "training__val_fraction": 0.2, "training__keep_checkpoints": 1, "model__n_action_steps": 1,
     "model__temporal_ensemble_coeff": 0.02,
 }  # fmt: skip
 
 
-def test_every_key_is_read(sample_bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.xdist_group("mlflow")
+def test_every_key_is_read(
+    sample_bags: Path, tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+):
     """A knob that is accepted, logged and read nowhere would be a lie. A short run in which everything is switched on
     reads each of them, from its own section or from what is made of it, or writes it down for the robot."""
     read: set[str] = set()
@@ -103,6 +102,7 @@ def test_every_key_is_read(sample_bags: Path, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(made_of_settings, "__getattribute__", spy)
     monkeypatch.setattr(episodes, "build_entries", lambda *args: [])  # bags are decoded in this process, then
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     output = run(sample_bags, tmp_path, data__cache_dir=tmp_path / "cache", **SWITCHED_ON)
     config = json.loads((output / "last/pretrained_model/config.json").read_text())
     read |= {f"model.{key}" for key in ("n_action_steps", "temporal_ensemble_coeff") if config[key] in (1, 0.02)}

@@ -220,7 +220,7 @@ def test_the_images_hold_what_was_tested_together(store: Store, train_image: str
     } | {"pyyaml": "6.0.1"}
     before = packages(store, BASE)
     for image, some in (
-        (train_image, {"rosbags", "opencv-python-headless", "wandb"}),
+        (train_image, {"rosbags", "opencv-python-headless", "wandb", "mlflow-skinny"}),
         (evaluation_image, {"lerobot", "pyarrow", "av"}),
     ):
         found = {name: v for name, v in packages(store, image).items() if before.get(name) != v}

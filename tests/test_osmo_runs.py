@@ -20,6 +20,7 @@ import torch
 from ur10e_deploy import offline_eval
 
 from lerobot_checkpoint import list_checkpoints, load_policy, set_score, verify_checkpoint
+from tests.mlflow_server import MlflowServer
 from tests.once import once
 from tests.osmo_modules import python_in
 from tests.osmo_spec import place, submit
@@ -462,6 +463,16 @@ def test_wandb_offline(sample_bags: Path, nothing: Path, tmp_path: Path):
     content = record.read_bytes()
     assert b"workflow-7" in content and b"ur10e-act-train" in content and b"l1_loss" in content
     assert key not in box.log() and key.encode() not in content
+
+
+@pytest.mark.xdist_group("mlflow")
+def test_mlflow_instead(sample_bags: Path, nothing: Path, tmp_path: Path, mlflow_server: MlflowServer):
+    """With mlflow_uri the same workflow logs there, under the workflow's id."""
+    made = task("osmo-workflow-wandb.yaml", STORAGE, f"mlflow_uri={mlflow_server.uri}", training__steps=3)
+    box = TaskBox(tmp_path, made, {0: sample_bags, 1: nothing})
+    assert box.run() == 0, box.log()
+    (logged,) = [each for each in mlflow_server.runs() if each.info.run_name == "workflow-7"]
+    assert logged.info.status == "FINISHED" and logged.data.params["training.output_dir"] == "/output/train-rosbag-act"
 
 
 # -- the chain ----------------------------------------------------------------------------------------------------

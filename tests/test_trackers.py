@@ -91,7 +91,8 @@ def test_wandb_gets_the_images_that_the_network_sees(sample_bags: Path, tmp_path
         trackers, "import_wandb", lambda: type("wandb", (), {"Image": staticmethod(lambda image: image)})
     )
     run_stub = type("Run", (), {"log": lambda self, values: logged.update(values)})()
-    trackers.log_camera_views(run_stub, ready.prepare(raw), ready.normalizer)
+    both = trackers.Trackers(run_stub, trackers.NoTracker())
+    both.log_camera_views(ready.prepare(raw), ready.normalizer)
     seen = torch.tensor(logged["observation.images.color"][1])
     assert seen.dtype == torch.uint8
     assert (seen.int() - raw["observation.images.color"][1].int()).abs().max() <= 1

@@ -107,7 +107,8 @@ def trainer(bags: Path, folder: Path, dtype: torch.dtype = torch.float32, **over
     train.join_ddp(world, cfg.training.device)
     ready = train.Trainer(cfg, world, stop, overwrite=True)
     ready.model.to(dtype)
-    ready.loader, ready.tracker = ready.start(), trackers.NoTracker()
+    ready.loader = ready.start()
+    ready.trackers = trackers.Trackers(trackers.NoTracker(), trackers.NoTracker())
     return ready
 
 

@@ -8,43 +8,51 @@ and dropout's noise is the same with augmentation and without.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .settings import setting
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601 as torchvision rounds it in rgb_to_grayscale
 # Turning YIQ's chroma plane (I, Q) turns the hue and leaves the luma Y alone (FCC NTSC 1953).
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-@dataclass(frozen=True)
-class Strengths:
-    """How far each change may go; 0 leaves it out. A factor is drawn from [1 - x, 1 + x], the others from [-x, x]."""
+@dataclass
+class AugmentationConfig:
+    """The section `augmentation`: changes of training images, never of held-out episodes, nor of anything but images.
 
-    brightness: float  # factor
-    contrast: float  # factor
-    saturation: float  # factor
-    hue: float  # part of the colour circle
-    rotate_deg: float
-    translate: float  # part of the width, and of the height
-    scale: float  # factor
+    A factor is drawn from [1 - x, 1 + x], the others from [-x, x]; 0 leaves a change out.
+    """
+
+    enabled: bool = setting(False, "change training images at random")
+    brightness: float = setting(0.2, "factor from 1 -/+ this", low=0.0)
+    contrast: float = setting(0.2, "factor from 1 -/+ this", low=0.0)
+    saturation: float = setting(0.5, "factor from 1 -/+ this", low=0.0)
+    hue: float = setting(0.05, "turn of -/+ this part of the colour circle", low=0.0)
+    rotate_deg: float = setting(5.0, "rotation of -/+ this, degrees", low=0.0)
+    translate: float = setting(0.05, "shift of -/+ this part of height and width", low=0.0)
+    scale: float = setting(0.0, "factor from 1 -/+ this", low=0.0)
 
 
 FACTORS = ("brightness", "contrast", "saturation", "scale")
 GEOMETRY = ("rotate_deg", "translate_x", "translate_y", "scale")
 
 
-def draw(strengths: Strengths, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def draw(section: AugmentationConfig, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Uniform amounts for a batch, {name: (B,) float32 on the CPU}.
 
-    The names are the fields of Strengths, except that `translate` gives translate_x and translate_y. A change whose
-    strength is 0 is not drawn.
+    The names are the section's, except that `translate` gives translate_x and translate_y. A change whose strength is
+    0 is not drawn.
     """
-    limits = asdict(strengths)
-    limits["translate_x"] = limits["translate_y"] = limits.pop("translate")
+    limits = {
+        "brightness": section.brightness, "contrast": section.contrast, "saturation": section.saturation,
+        "hue": section.hue, "rotate_deg": section.rotate_deg, "scale": section.scale,
+        "translate_x": section.translate, "translate_y": section.translate,
+    }  # fmt: skip
     amounts = {}
     for name, limit in limits.items():
         if limit > 0:
@@ -53,14 +61,12 @@ def draw(strengths: Strengths, batch_size: int, generator: torch.Generator) -> d
     return amounts
 
 
-def draw_for(section: Any, cameras: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
-    """Amounts for each camera of a batch, as the config's section `augmentation` says; [] when it is not enabled."""
+def draw_for(section: AugmentationConfig, cameras: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Amounts for each camera of a batch; [] when the section is not enabled."""
     if not section.enabled:
         return []
-    s = section
-    strengths = Strengths(s.brightness, s.contrast, s.saturation, s.hue, s.rotate_deg, s.translate, s.scale)
     generator = torch.Generator().manual_seed(seed)
-    return [draw(strengths, batch_size, generator) for _ in range(cameras)]
+    return [draw(section, batch_size, generator) for _ in range(cameras)]
 
 
 def apply(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:

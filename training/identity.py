@@ -222,6 +222,16 @@ def robot_contract(
     }
 
 
+def facts(contract: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What a tracker says of a run beside its settings: by which code, on which recordings."""
+    recordings = [fingerprint["training episodes"], fingerprint["held-out episodes"]]
+    return {
+        "code.version": contract["code"]["version"],
+        "code.source_sha256": contract["code"]["source_sha256"],
+        "bags.sha256": hashlib.sha256(json.dumps(recordings, sort_keys=True).encode()).hexdigest(),
+    }
+
+
 def policy_fields(settings: Settings) -> dict[str, Any]:
     """What LeRobot's config.json says of a policy beside its network's shape: lerobot_writing.POLICY_FIELDS."""
     model, training = settings["model"], settings["training"]
