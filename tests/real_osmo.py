@@ -55,7 +55,7 @@ VARIANTS = {  # beside the guides' commands; each with datasets and with a stora
     "osmo-workflow-train-eval.yaml": ([], ["eval_args=--rollout --max-mae=0.002", "eval_episodes=0 1"]),
     "osmo-workflow-wandb.yaml": (
         [],
-        ["wandb=false", "mlflow_uri=https://mlflow.example.com", "mlflow_credential=wandb"],
+        ["mlflow_uri=https://mlflow.example.com", "mlflow_credential=wandb"],
     ),
 }
 PLACEHOLDERS = {"POOL": "gpu-pool", "REGISTRY": "192.168.1.100:5000", "TAG": "1"}  # at the workflows' heads
