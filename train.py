@@ -74,7 +74,10 @@ class DataConfig:
     joint_topic: str = setting("/joint_states", "topic of sensor_msgs/msg/JointState")
     camera_topic: str = setting("/camera/color/image_raw", "the one camera's topic, Image or CompressedImage")
     camera_topics: dict[str, str] | None = setting(None, "several cameras, {name: topic}; replaces camera_topic")
-    joint_names: list[str] = setting(list(UR_JOINTS), "joints, in the order of state and action")
+    joint_names: list[str] = setting(list(UR_JOINTS), "joints, with which state and action begin, in this order")
+    state_topics: dict[str, str] | None = setting(None, "further states, {name: TOPIC:FIELD}, behind the joints")
+    observed_only: list[str] = setting([], "names of states that are not in the action")
+    state_units: dict[str, str] | None = setting(None, "units of states, {name: unit}; joints are in rad")
     fps: float = setting(30.0, "rate of the training frames, Hz", low=0.1)
     max_offset_ms: float = setting(50.0, "a frame needs a sample of every topic this near, ms", low=0.0)
     joint_resample: str = setting("linear", "how joints are put on frames' times", choices=CHOICES["joint_resample"])
@@ -96,8 +99,8 @@ class ConventionsConfig:
 
 @dataclass
 class ModelConfig:
-    state_dim: int = setting(6, "joints in the observation", low=1)
-    action_dim: int = setting(6, "joints in the action", low=1)
+    state_dim: int = setting(6, "states in the observation", low=1)
+    action_dim: int = setting(6, "states in the action", low=1)
     chunk_size: int = setting(100, "actions predicted at once, frames", low=1)
     n_action_steps: int = setting(100, "actions executed before the next inference, frames", low=1)
     dim_model: int = setting(512, "width of the transformer", low=8)
@@ -112,9 +115,7 @@ class ModelConfig:
     n_vae_encoder_layers: int = setting(4, "VAE encoder layers", low=1)
     dropout: float = setting(0.1, "dropout probability", low=0.0)
     vision_backbone: str = setting("resnet18", "torchvision ResNet", choices=("resnet18", "resnet34", "resnet50"))
-    pretrained_backbone: bool | str = setting(
-        True, "true: ImageNet weights, false: none, or a file of weights", path=True
-    )
+    pretrained_backbone: bool | str = setting(True, "true: ImageNet weights, false: none, or a weights file", path=True)
     replace_final_stride_with_dilation: bool = setting(False, "dilate the backbone's last stage instead of striding")
     temporal_ensemble_coeff: float | None = setting(None, "m of temporal ensembling at inference, 0.01 in the paper")
 
@@ -320,8 +321,7 @@ class Trainer:
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
         self.fingerprint = identity.fingerprint(self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
         # Once, at the start: it hashes the code that runs.
-        joints = {"revolute": bags.revolute.tolist(), "angle_reference_rad": reference_rad}
-        self.contract = identity.robot_contract(self.settings, cfg.cameras, joints, *split)
+        self.contract = identity.robot_contract(self.settings, bags, reference_rad, *split)
         identity.check_same_on_all_ranks(self.fingerprint, world)
         if world.is_main:
             summary.report_sync(self.output_dir, self.episodes, self.skipped, self.held_out)

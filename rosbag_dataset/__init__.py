@@ -4,7 +4,8 @@ The way of the data, with the room (module) that does each step:
 
     folder -> bags         bags.py, opened by storage.py   which recordings there are, and their messages as bytes
     bag -> recording       reading.py                      one pass: topics.py takes time stamps and joint positions
-                                                           out of the messages, images.py pixels
+                                                           out of the messages, fields.py further states, images.py
+                                                           pixels
     recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
     entry -> episode       synchronisation.py              at every start: time grid, states, actions, segments
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
@@ -12,11 +13,12 @@ The way of the data, with the room (module) that does each step:
 
 Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation),
 inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), pruning.py (`python -m
-rosbag_dataset cache DIR` looks at the cache, and removes from it), errors.py.
+rosbag_dataset cache DIR` looks at the cache, and removes from it), definitions.py (message types that only the bag
+knows), errors.py.
 
-The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, and
-the joint positions. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`, `wrap_angles` or
-`action_mode` never reads a bag again.
+The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
+joint positions and further states. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`,
+`wrap_angles` or `action_mode` never reads a bag again.
 
 The package knows bags, time and pixels; it knows no model, no checkpoint and no process group, and needs neither ROS
 nor torch. Imports among its rooms run one way (tests/test_imports.py). Other packages import what `__all__` names,
@@ -31,7 +33,7 @@ from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATIO
 from .inspection import resize_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
-from .settings import CHOICES, UR_JOINTS, BagSettings, setting_rules, settings_from
+from .settings import CHOICES, UR_JOINTS, BagSettings, action_unit, setting_rules, settings_from, state_rules
 from .statistics import angle_references, compute_stats
 from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
@@ -52,6 +54,7 @@ __all__ = [
     "Episode",
     "Recording",
     "SetupError",
+    "action_unit",
     "angle_references",
     "build_entry",
     "cache_key",
@@ -70,6 +73,7 @@ __all__ = [
     "setting_rules",
     "settings_from",
     "split_episodes",
+    "state_rules",
     "sync_table",
     "synchronise",
     "typestore_for",

@@ -6,8 +6,9 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     CAMERA.time_ns.npy   their times, int64 ns
     joint_time_ns.npy    int64 ns
     joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
-    meta.json            sizes of the images, a hash of each camera's first, how many joint messages were of no use if
-                         any; written last
+    state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
+    meta.json            sizes of the images, a hash of each camera's first, which further states are held, how many
+                         joint messages were of no use if any; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
@@ -37,7 +38,7 @@ import numpy as np
 from .bags import Bag
 from .errors import DISK_FULL, NO_LOCKS, SetupError
 from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
-from .reading import Recording, image_sha256, read_bag
+from .reading import Recording, Samples, image_sha256, read_bag
 from .settings import BagSettings
 
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
@@ -68,6 +69,8 @@ def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
         "interpolation": RESIZE_INTERPOLATION,
         "depth_m_per_level": DEPTH_M_PER_LEVEL,
     }
+    if settings.state_topics:  # without any, entries from before they were there are the same
+        parts["state_topics"] = {name: field.text for name, field in settings.state_topics.items()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -208,12 +211,17 @@ def _write_entry(
     save(building / "joint_rad.npy", recording.joint_rad)
     for camera, times in recording.camera_time_ns.items():
         save(building / f"{camera}.time_ns.npy", times)
+    for name, samples in recording.states.items():
+        save(building / f"state.{name}.time_ns.npy", samples.time_ns)
+        save(building / f"state.{name}.value.npy", samples.value)
     meta = {
         "bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape,
         "first_image": recording.first_image,
     }  # fmt: skip
     if recording.ignored_joint_messages:
         meta["ignored_joint_messages"] = recording.ignored_joint_messages
+    if recording.states:
+        meta["held_states"] = {name: samples.held for name, samples in recording.states.items()}
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -247,7 +255,7 @@ def _fault(entry: Path, settings: BagSettings) -> EntryError | None:
 
 
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
-    """Read a cache entry's times and joints (pixels stay on disk: samples.open_pixels).
+    """Read a cache entry's times, joints and further states (pixels stay on disk: samples.open_pixels).
 
     From then on the cache counts as in use until this process ends, and the entry as used now.
 
@@ -264,6 +272,12 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             {camera: tuple(meta["image_shape"][camera]) for camera in cameras},
             {camera: tuple(meta["source_shape"][camera]) for camera in cameras},
             ignored_joint_messages=meta.get("ignored_joint_messages", 0),
+            states={
+                name: Samples(
+                    np.load(entry / f"state.{name}.time_ns.npy"), np.load(entry / f"state.{name}.value.npy"), held
+                )
+                for name, held in meta.get("held_states", {}).items()
+            },
         )
         for camera, (height, width) in recording.image_shape.items():
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3

@@ -51,7 +51,7 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
         )
     ]
     for report in sync_reports[:limit]:
-        topics = list(report["topics"].values())  # the joints' (more than one if they come apart), then the cameras'
+        topics = list(report["topics"].values())  # the joints' and other states' (of each stream), then the cameras'
         joints, cameras = topics[: -len(report["image_size"])], topics[-len(report["image_size"]) :]
         rows.append((
             report["episode"], f"{report['duration_s']:.1f}", str(report["frames"]), str(report["dropped"]),
@@ -73,6 +73,8 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     for report in sync_reports:
         if report["joints_never_moved"]:
             lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
+        if report["states_never_changed"]:
+            lines.append(f"note: {report['episode']}: never changed: {', '.join(report['states_never_changed'])}")
         if report.get("copy_of"):
             lines.append(
                 f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
@@ -82,6 +84,11 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
             lines.append(
                 f"note: {report['episode']}: {report['dropped_in_joint_gaps']} frames dropped in gaps of the joints "
                 "longer than twice data.max_offset_ms"
+            )
+        if report["dropped_in_state_gaps"]:
+            lines.append(
+                f"note: {report['episode']}: {report['dropped_in_state_gaps']} frames dropped in gaps of "
+                "data.state_topics longer than twice data.max_offset_ms"
             )
         if report["joint_jumps"]:
             step = report["fastest_joint_step"]

@@ -1,4 +1,4 @@
-"""One pass over a bag: all joint positions and times in memory, images handed on one by one.
+"""One pass over a bag: all joint positions, further states and times in memory, images handed on one by one.
 
 Knows: that each message of a wanted topic is read once, and that none may be lost.
 Must not know: how files are stored, how a message is taken apart, and where pixels go: the rooms around it do.
@@ -16,10 +16,13 @@ import numpy as np
 
 from .bags import Bag
 from .errors import BagError
+from .fields import TopicField, is_held
 from .images import height_by_width, read_image
 from .settings import BagSettings
 from .storage import messages, open_storage, topics_of
 from .topics import (
+    bag_typestore,
+    check_fields,
     check_joints,
     check_topics,
     joint_positions,
@@ -30,6 +33,15 @@ from .topics import (
 )
 
 ImageSink = Callable[[str, np.ndarray], None]  # called with (camera, image)
+
+
+@dataclass
+class Samples:
+    """The numbers that one field of a topic had, in file order."""
+
+    time_ns: np.ndarray  # (N,) int64
+    value: np.ndarray  # (N,) float64
+    held: bool  # bool or integer: each counts until the next one comes
 
 
 @dataclass
@@ -47,12 +59,14 @@ class Recording:
     source_shape: dict[str, tuple[int, int]]  # camera -> (H, W) as recorded
     first_image: dict[str, str] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
     ignored_joint_messages: int = 0  # messages of the joint topic that have none of the joints, and are in no row
+    states: dict[str, Samples] = field(default_factory=dict)  # by their names in data.state_topics
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
 
         The same for a copy under another name, in another storage format, compressed, or with other metadata. No more
-        images are needed: a motion that is replayed exactly, by a simulator's clock, begins before other eyes.
+        images are needed: a motion that is replayed exactly, by a simulator's clock, begins before other eyes. Further
+        states are left out: a state that is added to a config changes no recording's side of the split.
         """
         digest = hashlib.sha256()
         for part in (self.joint_time_ns, self.joint_rad, *self.camera_time_ns.values()):
@@ -94,19 +108,31 @@ def read_bag(
     first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
     ignored = 0
+    fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (state, its field)
+    for name, topic_field in settings.state_topics.items():
+        fields_of.setdefault(topic_field.topic, []).append((name, topic_field))
+    state_times: dict[str, list[int]] = {name: [] for name in settings.state_topics}
+    state_values: dict[str, list[bool | int | float]] = {name: [] for name in settings.state_topics}
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
 
     with contextlib.ExitStack() as stack:
         readers = open_storage(bag, stack, scratch)
         check_topics(bag, readers, settings)
         check_joints(bag, readers, settings)
+        typestore = bag_typestore(bag, readers, settings)
+        check_fields(bag, readers, settings, typestore)
         counts = {topic: count for topic, (_, count) in topics_of(readers).items()}
         if on_open:
             on_open({camera: counts[topic] for topic, camera in camera_of.items()})
         for topic, msgtype, receive_ns, raw in messages(bag, readers, set(read)):
             read[topic] += 1
             where = f"{bag.name}: {topic}, message {read[topic]}"
-            message = parse_message(raw, msgtype, settings.ros_distro, where)
+            message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
+            for name, topic_field in fields_of.get(topic, ()):
+                value = topic_field.read(message, where)
+                if value is not None:
+                    state_times[name].append(time_stamp(message, receive_ns, settings.time_source, where))
+                    state_values[name].append(value)
             if topic == settings.joint_topic:
                 row = joint_positions(message, settings.joint_names, where)
                 if row is None:
@@ -114,7 +140,7 @@ def read_bag(
                 else:
                     joint_times.append(time_stamp(message, receive_ns, settings.time_source, where))
                     joint_rows.append(row)
-            else:
+            if topic in camera_of:
                 camera = camera_of[topic]
                 camera_times[camera].append(time_stamp(message, receive_ns, settings.time_source, where))
                 image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)
@@ -127,7 +153,7 @@ def read_bag(
                     stored[camera] = image.shape[:2]
                     sink(camera, image)
             if on_message:
-                on_message(topic != settings.joint_topic, len(raw))
+                on_message(topic in camera_of, len(raw))
     for topic, count in read.items():
         if count != counts[topic]:  # what was read against what the storage itself promised
             raise BagError(f"{bag.name}: {topic}: read {count} of {counts[topic]} messages; the storage is damaged")
@@ -139,6 +165,10 @@ def read_bag(
         shapes,
         {camera: first_image[camera] for camera in settings.camera_topics},
         ignored,
+        {
+            name: Samples(np.array(state_times[name], np.int64), np.array(values, np.float64), is_held(values[0]))
+            for name, values in state_values.items()
+        },
     )
 
 

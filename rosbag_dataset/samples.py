@@ -29,9 +29,9 @@ class ChunkDataset:
     """Samples for ACT: one per frame that has an action. A torch map-style dataset that returns whole batches.
 
     `__getitems__(indices)` gives, for a batch of B:
-        observation.state            (B, J) float32, raw (rad)
+        observation.state            (B, S) float32, raw (rad)
         observation.images.<camera>  (B, H, W, 3) uint8, as stored
-        action                       (B, chunk, J) float32, raw; zeros where padded
+        action                       (B, chunk, A) float32, raw; zeros where padded
         action_is_pad                (B, chunk) bool: past the segment's end
         index                        (B,) int64 sample indices, to say which sample made trouble
 
@@ -96,10 +96,10 @@ class ChunkDataset:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        batch_size, joints = len(indices), self.episodes[0].state.shape[1]
+        batch_size, first = len(indices), self.episodes[0]
         batch = {
-            "observation.state": np.empty((batch_size, joints), np.float32),
-            "action": np.zeros((batch_size, self.chunk_size, joints), np.float32),
+            "observation.state": np.empty((batch_size, first.state.shape[1]), np.float32),
+            "action": np.zeros((batch_size, self.chunk_size, len(first.acted)), np.float32),
             "action_is_pad": np.ones((batch_size, self.chunk_size), bool),
             "index": np.asarray(indices, np.int64),
         }
@@ -114,7 +114,8 @@ class ChunkDataset:
             count = min(self.chunk_size, int(self._stop_of[i]) - t)
             batch["observation.state"][b] = episode.state[t]
             if episode.action_mode == "relative":
-                batch["action"][b, :count] = episode.path_rad[t + 1 : t + 1 + count] - episode.path_rad[t]
+                offsets = episode.path_rad[t + 1 : t + 1 + count] - episode.path_rad[t]
+                batch["action"][b, :count] = offsets[:, episode.acted]
             else:
                 batch["action"][b, :count] = episode.action[t : t + count]
             batch["action_is_pad"][b, :count] = False

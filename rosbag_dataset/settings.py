@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BagError
+from .fields import EXAMPLE, TopicField, parse_field
 
 UR_JOINTS = (
     "shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint", "wrist_3_joint",
@@ -30,6 +31,9 @@ CHOICES = {
     "action_mode": ("delta", "absolute", "relative"),
 }
 
+# Keys that a checkpoint from before they were there does not have, and what that means.
+SINCE: dict[str, Any] = {"state_topics": None, "observed_only": (), "state_units": None}
+
 Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
 
 
@@ -42,7 +46,11 @@ class BagSettings:
         cache_dir: folder for decoded frames.
         joint_topic: topic of sensor_msgs/msg/JointState.
         camera_topics: camera name -> topic of Image or CompressedImage; order is the model's camera order.
-        joint_names: J joint names, in the order of state and action.
+        joint_names: J joint names, with which state and action begin, in this order.
+        state_topics: further states, name -> where their number stands; behind the joints, in this order. S states in
+            all.
+        observed_only: names of states that are not in the action, which has the other A, in the same order.
+        state_units: name of a state -> its unit, for people; joints are in rad unless it says otherwise.
         fps: rate of the training frames in Hz.
         max_offset_ms: a frame needs a sample of every topic within this many milliseconds.
         joint_resample: "linear" or "nearest".
@@ -62,6 +70,9 @@ class BagSettings:
     joint_topic: str
     camera_topics: dict[str, str]
     joint_names: tuple[str, ...]
+    state_topics: dict[str, TopicField]
+    observed_only: tuple[str, ...]
+    state_units: dict[str, str]
     fps: float
     max_offset_ms: float
     joint_resample: str
@@ -75,13 +86,29 @@ class BagSettings:
     on_bad_bag: str
 
     @property
-    def revolute(self) -> np.ndarray:
-        """Which joints are angles, (J,) bool.
+    def state_names(self) -> tuple[str, ...]:
+        """The names of all S states: joints, then data.state_topics."""
+        return (*self.joint_names, *self.state_topics)
 
-        JointState carries no joint types, so the UR arm's own joint names (with any prefix) count as revolute, and any
-        other joint (a gripper's finger) is never wrapped.
+    @property
+    def acted(self) -> np.ndarray:
+        """(A,) int64: which states are in the action, too."""
+        return np.flatnonzero([name not in self.observed_only for name in self.state_names])
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The S states' units; "" of one that nobody has said."""
+        joints = dict.fromkeys(self.joint_names, "rad")
+        return tuple(self.state_units.get(name, joints.get(name, "")) for name in self.state_names)
+
+    @property
+    def revolute(self) -> np.ndarray:
+        """Which states are angles, (S,) bool.
+
+        JointState carries no joint types, so the UR arm's own joint names (with any prefix) count as revolute. Any
+        other joint (a gripper's finger) and any state of data.state_topics is never wrapped.
         """
-        return np.array([name.endswith(UR_JOINTS) for name in self.joint_names])
+        return np.array([name.endswith(UR_JOINTS) and name in self.joint_names for name in self.state_names])
 
 
 def settings_from(values: dict[str, Any]) -> BagSettings:
@@ -92,7 +119,7 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
     Raises:
         BagError: a key is missing, or holds something of another type.
     """
-    values = dict(values)
+    values = SINCE | dict(values)
     names = [f.name for f in dataclasses.fields(BagSettings)]
     missing = [n for n in names if n not in values and n != "camera_topics"]
     if not (values.get("camera_topics") or values.get("camera_topic")):
@@ -102,12 +129,20 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
     try:
         values["camera_topics"] = dict(values.get("camera_topics") or {"color": values["camera_topic"]})
         values["joint_names"] = tuple(values["joint_names"] or ())
+        values["state_topics"] = {name: parse_field(text) for name, text in (values["state_topics"] or {}).items()}
+        values["observed_only"] = tuple(values["observed_only"] or ())
+        values["state_units"] = dict(values["state_units"] or {})
         values["joint_sign"] = tuple(float(s) for s in values["joint_sign"] or ())
         values["image_resize"] = tuple(values["image_resize"]) if values["image_resize"] else None
         values["fps"], values["max_offset_ms"] = float(values["fps"]), float(values["max_offset_ms"])
-    except (TypeError, ValueError) as exc:
+    except (AttributeError, TypeError, ValueError) as exc:
         raise BagError(f"the config's data or conventions section: {exc}") from None
     return BagSettings(**{n: values[n] for n in names})
+
+
+def action_unit(unit: str, action_mode: str) -> str:
+    """The unit of actions on a state in `unit`, which may be "": of deltas "rad per frame"."""
+    return f"{unit} per frame".strip() if action_mode == "delta" else unit
 
 
 def setting_rules(
@@ -131,6 +166,35 @@ def setting_rules(
     ]
 
 
+def state_rules(
+    joint_names: Sequence[str], joint_topic: str, state_topics: Mapping[str, str], observed_only: Sequence[str],
+    state_units: Mapping[str, str], cameras: Mapping[str, str],
+) -> list[Rule]:  # fmt: skip
+    """Rules between the settings of states; `state_topics` and `cameras` as in a config, with texts."""
+    states = [*joint_names, *state_topics]
+    key, texts, pictures = "data.state_topics", list(state_topics.values()), set(cameras.values())
+    plain = all(re.fullmatch(r"\w+", name) and name not in joint_names for name in state_topics)
+    broken, seen = [], []
+    for text in texts:
+        try:
+            field = parse_field(text)
+        except ValueError:
+            broken.append(text)
+            continue
+        if field.topic in pictures or (field.topic, field.path.partition("[")[0]) == (joint_topic, "position"):
+            seen.append(text)
+    of_states = f"names of states, each once: {', '.join(states)}"
+    some_left = len(set(observed_only)) == len(observed_only) < len(states) and set(observed_only) <= set(states)
+    return [
+        (plain, key, list(state_topics), "names of letters, digits and underscores that no joint has"),
+        (not broken, key, broken, f"{EXAMPLE}, of each"),
+        (not seen, key, seen, "a topic without pictures, and no joint's position: that is for data.joint_names"),
+        (len(set(texts)) == len(texts), key, texts, "a field of its own per state"),
+        (some_left, "data.observed_only", list(observed_only), f"{of_states}; one at least is acted on"),
+        (set(state_units) <= set(states), "data.state_units", list(state_units), of_states),
+    ]
+
+
 def check_settings(settings: BagSettings, where: str) -> None:
     """What the trainer demands of these settings, for a config, `where`, that only bags are read with.
 
@@ -149,6 +213,10 @@ def check_settings(settings: BagSettings, where: str) -> None:
         *setting_rules(
             settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
             settings.image_resize, settings.camera_topics,
+        ),
+        *state_rules(
+            settings.joint_names, settings.joint_topic, {n: field.text for n, field in settings.state_topics.items()},
+            settings.observed_only, settings.state_units, settings.camera_topics,
         ),
     ]  # fmt: skip
     for holds, key, found, expected in rules:

@@ -22,6 +22,9 @@ from .synchronisation import Episode, wrap_to_pi
 # a 0.001 rad disturbance on the robot into an input of hundreds of sigmas.
 POSITION_STD_FLOOR_RAD = 1e-2
 DELTA_STD_FLOOR_RAD = 1e-4
+# Of a state from another topic, whose unit may be anything: this part of its largest magnitude; of one that never
+# changes 1, in its unit. Of its deltas: a hundredth, as of joints.
+STATE_STD_FLOOR = 1e-2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Moments = tuple[int, np.ndarray, np.ndarray]  # count, mean, sum of squared deviations from it
@@ -42,8 +45,8 @@ def compute_stats(
         chunk_size: actions of a chunk.
 
     Returns:
-        (stats {feature: {"mean", "std"}} float32 with shapes (J,) or (3, 1, 1),
-         one line per joint whose deviation was raised to its floor).
+        (stats {feature: {"mean", "std"}} float32 with shapes (S,), (A,) or (3, 1, 1),
+         one line per state or action whose deviation was raised to its floor).
 
     Raises:
         BagError: no episode has two consecutive frames, so that there is no action to learn.
@@ -62,7 +65,7 @@ def compute_stats(
             action = _merge(action, _moments(episode.action[has_action]))
         else:
             for start, stop in episode.segments:
-                path = episode.path_rad[start:stop]
+                path = episode.path_rad[start:stop, episode.acted]
                 for k in range(1, min(chunk_size, len(path) - 1) + 1):
                     action = _merge(action, _moments(path[k:] - path[:-k]))
     if state is None or action is None:
@@ -71,16 +74,19 @@ def compute_stats(
         )
     floored: list[str] = []
 
-    def finish(key: str, moments: Moments, floor: float) -> dict[str, np.ndarray]:
+    def finish(key: str, moments: Moments, floor: np.ndarray, in_rad: np.ndarray) -> dict[str, np.ndarray]:
         std = np.sqrt(moments[2] / moments[0])
         for j in np.flatnonzero(std < floor):
-            floored.append(f"{key}[{j}]: standard deviation {std[j]:.2g} raised to its floor {floor:g} rad")
+            unit = " rad" if in_rad[j] else ""
+            floored.append(f"{key}[{j}]: standard deviation {std[j]:.2g} raised to its floor {floor[j]:g}{unit}")
         return {"mean": moments[1].astype(np.float32), "std": np.maximum(std, floor).astype(np.float32)}
 
-    action_floor = POSITION_STD_FLOOR_RAD if episodes[0].action_mode == "absolute" else DELTA_STD_FLOOR_RAD
+    floor, delta_floor = _floors(episodes)
+    acted, joint = episodes[0].acted, np.arange(len(floor)) < episodes[0].joints
+    action_floor = floor if episodes[0].action_mode == "absolute" else delta_floor
     stats = {
-        "observation.state": finish("observation.state", state, POSITION_STD_FLOOR_RAD),
-        "action": finish("action", action, action_floor),
+        "observation.state": finish("observation.state", state, floor, joint),
+        "action": finish("action", action, action_floor[acted], joint[acted]),
     }
     for camera, moments in images.items():
         if moments is None:
@@ -94,12 +100,22 @@ def compute_stats(
     return stats, floored
 
 
+def _floors(episodes: Sequence[Episode]) -> tuple[np.ndarray, np.ndarray]:
+    """The least standard deviations of states, and of their deltas, (S,) each."""
+    low = np.min([episode.state.min(axis=0) for episode in episodes], axis=0)
+    high = np.max([episode.state.max(axis=0) for episode in episodes], axis=0)
+    joint = np.arange(len(low)) < episodes[0].joints
+    others = np.where(low == high, 1.0, STATE_STD_FLOOR * np.maximum(np.abs(low), np.abs(high)))
+    floor = np.where(joint, POSITION_STD_FLOOR_RAD, others)
+    return floor, np.where(joint, DELTA_STD_FLOOR_RAD, others / 100)
+
+
 def angle_references(episodes: Sequence[Episode]) -> np.ndarray:
-    """(J,) float64, rad: for each joint the middle of the arc that the episodes visit, in (-pi, pi].
+    """(S,) float64, rad: for each joint the middle of the arc that the episodes visit, in (-pi, pi].
 
     It is opposite the middle of the largest arc in which no frame of any episode lies, so that angles wrapped around
     it jump only where the training data never are. A mean would not do: a joint that works at 0 and sometimes reaches
-    3.3 rad has its mean near 0, and the seam in its way. For refer_angles(); of joints that are no angles, and are
+    3.3 rad has its mean near 0, and the seam in its way. For refer_angles(); of states that are no angles, and are
     never wrapped, it means nothing.
     """
     angles = np.sort(wrap_to_pi(np.concatenate([episode.path_rad for episode in episodes])), axis=0)

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import lz4.frame  # as zstd, one of rosbags' own requirements
@@ -86,6 +86,16 @@ class Sqlite3Storage:
         """Close the file; contextlib.closing calls this when the bag's ExitStack unwinds."""
         self._db.close()
 
+    @property
+    def definitions(self) -> dict[str, tuple[str, str]]:
+        """Message type -> (encoding, text) of its definition; {} in bags from before ROS 2 Iron, which hold none."""
+        stored = "SELECT 1 FROM sqlite_master WHERE name = 'message_definitions' AND type = 'table' AND rootpage > 0"
+        if not list(self._query(stored)):
+            return {}
+        query = "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
+        rows = [row for row in self._query(query) if all(type(value) is str for value in row)]
+        return {ros2_type(name): (encoding, text) for name, encoding, text in rows}
+
     def messages(self, connections: Sequence[Any]) -> Iterator[tuple[Any, int, bytes]]:
         """(connection, receive time in ns, CDR bytes) of each message of `connections`."""
         wanted = {c.id: c for c in connections}
@@ -100,11 +110,16 @@ class Sqlite3Storage:
 class _SchemasWithoutDefinitions(dict):
     """id -> mcap schema, as McapReader fills it, with an empty message definition in each.
 
-    The definitions are not needed here (those of data.ros_distro are used), and McapReader closes the whole file when
-    one topic's definition has an encoding that it does not know.
+    McapReader closes the whole file when one topic's definition has an encoding that it does not know. They are kept
+    beside, for types that data.ros_distro does not have.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.definitions: dict[str, tuple[str, str]] = {}  # message type -> (encoding, text)
+
     def __setitem__(self, key: int, schema: Any) -> None:
+        self.definitions[ros2_type(schema.name)] = (schema.encoding, schema.data)
         super().__setitem__(key, schema._replace(encoding="ros2msg", data=""))
 
 
@@ -154,6 +169,11 @@ class McapStorage(Reader):
     """A .mcap file: rosbags' reader, which here looks at no message definition that the file holds."""
 
     STORAGE_PLUGINS = {**Reader.STORAGE_PLUGINS, ".mcap": _Mcap}
+
+    @property
+    def definitions(self) -> dict[str, tuple[str, str]]:
+        """As of Sqlite3Storage."""
+        return cast(Any, self.storage).schemas.definitions
 
 
 Storage = McapStorage | Sqlite3Storage
@@ -342,3 +362,16 @@ def topics_of(readers: Sequence[Storage]) -> dict[str, tuple[set[str], int]]:
             types, count = topics.get(connection.topic, (set(), 0))
             topics[connection.topic] = (types | {ros2_type(connection.msgtype)}, count + connection.msgcount)
     return topics
+
+
+def definition_of(bag: Bag, readers: Sequence[Storage], msgtype: str) -> tuple[str, str] | None:
+    """(encoding, text) of the definition of a message type that a bag brings along, or None.
+
+    Raises:
+        BagError: a file is damaged.
+    """
+    for file, reader in zip(bag.files, readers, strict=True):
+        with storage_errors(bag, file):
+            if found := reader.definitions.get(msgtype):
+                return found
+    return None

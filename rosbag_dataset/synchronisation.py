@@ -32,17 +32,17 @@ MAX_UR_RAD_PER_S, MAX_JUMPS = 10.0, 10
 
 @dataclass
 class Episode:
-    """One recording on a regular time grid. T kept frames, J joints.
+    """One recording on a regular time grid. T kept frames, S states (joints, then data.state_topics), A of them acted.
 
-    Frames that lack a sample of some camera or joint were dropped. A segment is a run of frames with none dropped in
+    Frames that lack a sample of some camera or state were dropped. A segment is a run of frames with none dropped in
     between; neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a
     segment's last frame has none.
     """
 
     name: str
     time_ns: np.ndarray  # (T,) int64 tick times
-    state: np.ndarray  # (T, J) float32, rad for revolute joints
-    action: np.ndarray  # (T, J) float32, the first of the chunk from frame t; zeros where frame t has no action
+    state: np.ndarray  # (T, S) float32, rad for revolute joints
+    action: np.ndarray  # (T, A) float32, the first of the chunk from frame t; zeros where frame t has no action
     segments: np.ndarray  # (S, 2) int64: [start, stop) of each segment in 0..T
     image_index: dict[str, np.ndarray]  # camera -> (T,) int64, which stored image a frame shows
     sync_report: dict[str, Any]  # what became of the recording: an entry of sync_report.json, a row of sync_table()
@@ -52,8 +52,10 @@ class Episode:
     stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of images in the entry
     content_hash: str = ""  # Bag.content_hash(): of the files' bytes
     recording_hash: str = ""  # Recording.sha256(): two bags with the same one are copies, whatever their bytes
-    path_rad: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (T, J) float64, joints without jumps
+    path_rad: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (T, S) float64, joints without jumps
     action_mode: str = ""  # what actions are: BagSettings.action_mode
+    acted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (A,) which states are in the action
+    joints: int = 0  # how many of the states, the first, are joints
 
     @property
     def action_stop(self) -> np.ndarray:
@@ -69,15 +71,16 @@ def synchronise(
 ) -> Episode:
     """Put a recording on a grid of `fps`, drop frames that lack a sample, and cut it into segments.
 
-    The grid covers the time in which every camera and joint was being recorded and starts on an image of the first
+    The grid covers the time in which every camera and state was being recorded and starts on an image of the first
     camera. Images are taken by nearest neighbour; each joint is interpolated linearly (or nearest) between the messages
-    that have it, after putting them in time order. Joint conventions (sign, wrapping) are applied here.
+    that have it, after putting them in time order, and so is each other state; one of bools or integers is what the
+    last message at or before a frame said. Joint conventions (sign, wrapping) are applied here.
 
     Args:
         name: the episode's name.
-        recording: times and joints, from read_bag() or load_entry().
+        recording: times, joints and further states, from read_bag() or load_entry().
         settings: topics, rate and conventions.
-        angle_reference_rad: (J,) as in refer_angles(); None is 0 for every joint.
+        angle_reference_rad: (S,) as in refer_angles(); None is 0 for every state.
 
     Raises:
         BagError: topics that do not overlap in time, broken time stamps, a clock that was set back, positions in
@@ -85,7 +88,8 @@ def synchronise(
     """
     tick_ns = 1e9 / settings.fps
     joint_streams = _joint_streams(recording, settings)
-    for stream in joint_streams:
+    other_streams = _other_streams(recording, settings)
+    for stream in (*joint_streams, *other_streams):
         _check_clock(f"{name}: {stream.name}", stream.recorded_ns, settings)
     for camera, times in recording.camera_time_ns.items():
         _check_clock(f"{name}: {settings.camera_topics[camera]}", times, settings)
@@ -94,7 +98,7 @@ def synchronise(
     camera_ns = {c: t[camera_order[c]] for c, t in recording.camera_time_ns.items()}
 
     # The grid.
-    streams = {s.name: s.time_ns for s in joint_streams}
+    streams = {s.name: s.time_ns for s in (*joint_streams, *other_streams)}
     streams |= {settings.camera_topics[c]: t for c, t in camera_ns.items()}
     begin, end = max(t[0] for t in streams.values()), min(t[-1] for t in streams.values())
     if end < begin:
@@ -110,17 +114,22 @@ def synchronise(
     count = int(max(0, end - begin) / tick_ns + 1e-6) + 1  # stamps are rounded to ns: keep a tick that ends on `end`
     ticks = begin + np.rint(np.arange(count) * tick_ns).astype(np.int64)
 
-    # Which of its ticks are kept: those with a sample of every camera and joint near enough.
+    # Which of its ticks are kept: those with a sample of every camera and state near enough.
     index = {c: nearest_index(t, ticks) for c, t in camera_ns.items()}
-    offset_ms = {s.name: np.abs(s.time_ns[nearest_index(s.time_ns, ticks)] - ticks) / 1e6 for s in joint_streams}
+    offset_ms = {
+        s.name: np.abs(s.time_ns[nearest_index(s.time_ns, ticks)] - ticks) / 1e6
+        for s in (*joint_streams, *other_streams)
+    }
     for camera, i in index.items():
         offset_ms[settings.camera_topics[camera]] = np.abs(camera_ns[camera][i] - ticks) / 1e6
     near = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
-    whole = near & ~np.any([_in_joint_gap(s.time_ns, ticks, settings) for s in joint_streams], axis=0)
+    joints_whole = near & ~np.any([_in_gap(s, ticks, settings) for s in joint_streams], axis=0)
+    whole = joints_whole & ~np.any([np.zeros_like(near), *(_in_gap(s, ticks, settings) for s in other_streams)], axis=0)
     if not whole.any():
         worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
+        states = "joints and states" if other_streams else "joints"
         raise BagError(
-            f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and joints on "
+            f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and {states} on "
             f"both sides, at most twice that apart); median offsets: {worst}"
         )
     fastest, jumps = _fast_steps(joint_streams, begin, end, settings)
@@ -135,7 +144,7 @@ def synchronise(
         )
     moved = np.empty(recording.joint_rad.shape[1], bool)
     for s in joint_streams:
-        moved[s.joints] = np.ptp(s.rad, axis=0) >= MOVED_RAD
+        moved[s.states] = np.ptp(s.value, axis=0) >= MOVED_RAD
     if not moved.any():
         raise BagError(
             f"{name}: no joint moves by more than {MOVED_RAD:g} rad in the whole recording; "
@@ -143,7 +152,7 @@ def synchronise(
         )
 
     # What the kept frames hold.
-    state, path = _resample_joints(joint_streams, ticks[kept], settings)
+    state, path = _resample([*joint_streams, *other_streams], ticks[kept], settings)
     segments = _segments(kept)
     image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
     image_age_s = {c: (ticks[kept] - camera_ns[c][i[kept]]) / 1e9 for c, i in index.items()}
@@ -154,7 +163,8 @@ def synchronise(
         "image_size": {c: list(shape) for c, shape in recording.image_shape.items()},
         "frames": int(kept.sum()),
         "dropped": int((~kept).sum()),
-        "dropped_in_joint_gaps": int((near & ~whole).sum()),
+        "dropped_in_joint_gaps": int((near & ~joints_whole).sum()),
+        "dropped_in_state_gaps": int((joints_whole & ~whole).sum()),
         "dropped_at_joint_jumps": int((whole & ~kept).sum()),
         "joint_jumps": len(jumps),
         "fastest_joint_step": fastest,
@@ -177,8 +187,9 @@ def synchronise(
             for topic, times in streams.items()
         },
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
+        "states_never_changed": [n for n in settings.state_topics if np.ptp(recording.states[n].value) == 0],
         "still_share": _still_share(joint_streams),
-        "rest_at_start_s": _rest_at_start_s(path, settings.fps),
+        "rest_at_start_s": _rest_at_start_s(path[:, : len(moved)], settings.fps),
         "image_age_s": {
             c: {"median": round(float(np.median(age)), 4), "most": round(float(age.max()), 4)}
             for c, age in image_age_s.items()
@@ -189,6 +200,7 @@ def synchronise(
         name, ticks[kept], none, none, segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
         stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path, action_mode=settings.action_mode,
+        acted=settings.acted, joints=len(settings.joint_names),
     )  # fmt: skip
     if settings.wrap_angles:
         refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
@@ -198,9 +210,10 @@ def synchronise(
 
 
 def _place(episode: Episode, state: np.ndarray, settings: BagSettings) -> None:
-    """Give an episode its states (T, J) float64, and the actions that follow from them."""
+    """Give an episode its states (T, S) float64, and the actions that follow from them."""
     episode.state = state.astype(np.float32)
-    episode.action = _actions(state, episode.path_rad, episode.segments, settings).astype(np.float32)
+    action = _actions(state, episode.path_rad, episode.segments, settings)
+    episode.action = action[:, episode.acted].astype(np.float32)
 
 
 def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSettings) -> None:
@@ -213,7 +226,7 @@ def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSetti
 
     Args:
         episode: from synchronise().
-        reference_rad: (J,) float64, rad; used for joints that are wrapped.
+        reference_rad: (S,) float64, rad; used for joints that are wrapped.
         settings: those that the episode was synchronised with; without `wrap_angles` nothing is done.
     """
     if not settings.wrap_angles:
@@ -222,41 +235,68 @@ def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSetti
     state[:, wrapped] = wrap_to_pi(state[:, wrapped], np.asarray(reference_rad, np.float64)[wrapped])
     _place(episode, state, settings)
     turned = np.abs(np.diff(state - episode.path_rad, axis=0)).max(axis=0, initial=0.0) > np.pi
-    names = [name for name, crosses in zip(settings.joint_names, turned, strict=True) if crosses]
+    names = [name for name, crosses in zip(settings.state_names, turned, strict=True) if crosses]
     episode.sync_report["joints_across_the_seam"] = names
 
 
 @dataclass
-class _JointStream:
-    """Joints that always come in the same messages, mostly all: M samples, in time order, no two at one time."""
+class _Stream:
+    """States that always come in the same messages: M samples, in time order, no two at one time."""
 
-    name: str  # in reports and errors: the topic, and which of its joints if others come apart
-    joints: list[int]  # which ones, of data.joint_names
+    name: str  # in reports and errors: the topic, and which of its states if others come apart
+    states: list[int]  # which ones, of BagSettings.state_names
     recorded_ns: np.ndarray  # int64, as recorded: in the order of the file, with the same time twice or not
     time_ns: np.ndarray  # (M,) int64
-    rad: np.ndarray  # (M, len(joints)) float64, as recorded
-    path_rad: np.ndarray  # the same without jumps by a turn
+    value: np.ndarray  # (M, len(states)) float64, as recorded
+    path: np.ndarray  # the same, angles without jumps by a turn
+    held: bool = False  # bools or integers: nothing lies between two of them
 
 
-def _joint_streams(recording: Recording, settings: BagSettings) -> list[_JointStream]:
-    """The joints' samples apart, as their publishers sent them; of samples at one time the last counts."""
-    present, angles = ~np.isnan(recording.joint_rad), settings.revolute
+def _stream(
+    name: str, states: list[int], recorded_ns: np.ndarray, values: np.ndarray, settings: BagSettings, held: bool = False
+) -> _Stream:
+    """A stream of samples (N,) and (N, len(states)), in file order; of samples at one time the last counts."""
+    order = np.argsort(recorded_ns, kind="stable")
+    time_ns = recorded_ns[order]
+    last_of_equal = np.append(time_ns[1:] != time_ns[:-1], True)
+    value, revolute = values[order[last_of_equal]], settings.revolute[states]
+    path = value.copy()
+    path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
+    return _Stream(name, states, recorded_ns, time_ns[last_of_equal], value, path, held)
+
+
+def _other_streams(recording: Recording, settings: BagSettings) -> list[_Stream]:
+    """The samples of data.state_topics; those of one topic together if they come in the same messages."""
+    together: dict[tuple[str, bytes, bool], list[str]] = {}
+    for name, field_ in settings.state_topics.items():
+        samples = recording.states[name]
+        together.setdefault((field_.topic, samples.time_ns.tobytes(), samples.held), []).append(name)
+    return [
+        _stream(
+            f"{topic} ({', '.join(names)})",
+            [settings.state_names.index(name) for name in names],
+            recording.states[names[0]].time_ns,
+            np.stack([recording.states[name].value for name in names], axis=1),
+            settings,
+            held,
+        )
+        for (topic, _, held), names in together.items()
+    ]
+
+
+def _joint_streams(recording: Recording, settings: BagSettings) -> list[_Stream]:
+    """The joints' samples apart, as their publishers sent them: mostly one stream of all."""
+    present = ~np.isnan(recording.joint_rad)
     together: dict[bytes, list[int]] = {}  # joints by the rows that have them
     for joint in range(present.shape[1]):
         together.setdefault(present[:, joint].tobytes(), []).append(joint)
-    streams: list[_JointStream] = []
+    streams: list[_Stream] = []
     for joints in together.values():
         names = ", ".join(settings.joint_names[joint] for joint in joints)
         name = settings.joint_topic if len(together) == 1 else f"{settings.joint_topic} ({names})"
         rows = np.flatnonzero(present[:, joints[0]])
-        recorded_ns = recording.joint_time_ns[rows]
-        rows = rows[np.argsort(recorded_ns, kind="stable")]
-        joint_ns = recording.joint_time_ns[rows]
-        last_of_equal = np.append(joint_ns[1:] != joint_ns[:-1], True)
-        rad, revolute = recording.joint_rad[np.ix_(rows[last_of_equal], joints)], angles[joints]
-        path = rad.copy()
-        path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-        streams.append(_JointStream(name, joints, recorded_ns, joint_ns[last_of_equal], rad, path))
+        rad = recording.joint_rad[rows][:, joints]
+        streams.append(_stream(name, joints, recording.joint_time_ns[rows], rad, settings))
     return streams
 
 
@@ -287,26 +327,26 @@ def _check_clock(where: str, recorded_ns: np.ndarray, settings: BagSettings) -> 
     )
 
 
-def _check_unit(name: str, joint_streams: Sequence[_JointStream], settings: BagSettings) -> None:
+def _check_unit(name: str, joint_streams: Sequence[_Stream], settings: BagSettings) -> None:
     """The arm's joints are where a UR's can be.
 
     Raises:
         BagError: one is beyond, as in a recording in degrees.
     """
     for s in joint_streams:
-        far = np.abs(s.rad) * settings.revolute[s.joints]
+        far = np.abs(s.value) * settings.revolute[s.states]
         at, joint = np.unravel_index(far.argmax(), far.shape)
         if far[at, joint] > MAX_UR_RAD:
             what = "looks like degrees" if far[at, joint] < 1000 else "is no angle"
             raise BagError(
-                f"{name}: {settings.joint_topic}: {settings.joint_names[s.joints[joint]]} is {s.rad[at, joint]:.6g} at "
-                f"{s.time_ns[at] / 1e9:.3f} s, which {what}; expected rad, a UR joint's from -6.28 to 6.28; record "
+                f"{name}: {settings.joint_topic}: {settings.joint_names[s.states[joint]]} is {s.value[at, joint]:.6g} "
+                f"at {s.time_ns[at] / 1e9:.3f} s, which {what}; expected rad, a UR joint's from -6.28 to 6.28; record "
                 "positions in rad (degrees x pi / 180), or leave it out with data.on_bad_bag: skip"
             )
 
 
 def _fast_steps(
-    joint_streams: Sequence[_JointStream], begin: int, end: int, settings: BagSettings
+    joint_streams: Sequence[_Stream], begin: int, end: int, settings: BagSettings
 ) -> tuple[dict[str, Any] | None, np.ndarray]:
     """The fastest step of a UR joint from one message to its next, between two times in ns, and those no UR makes.
 
@@ -319,18 +359,18 @@ def _fast_steps(
     """
     fastest, jumps = None, [np.zeros((0, 2), np.int64)]
     for s in joint_streams:
-        arm = np.flatnonzero(settings.revolute[s.joints])
+        arm = np.flatnonzero(settings.revolute[s.states])
         inside = np.flatnonzero((s.time_ns[1:] >= begin) & (s.time_ns[:-1] <= end))
         if not len(arm) or not len(inside):
             continue
         before, after = s.time_ns[inside], s.time_ns[inside + 1]
         mean_ns = (s.time_ns[-1] - s.time_ns[0]) / (len(s.time_ns) - 1)
-        step_rad = np.abs(np.diff(s.path_rad[:, arm], axis=0))[inside]
+        step_rad = np.abs(np.diff(s.path[:, arm], axis=0))[inside]
         speed = step_rad / (np.maximum(after - before, mean_ns) / 1e9)[:, None]
         at, joint = np.unravel_index(speed.argmax(), speed.shape)
         if fastest is None or speed[at, joint] > fastest["rad_per_s"]:
             fastest = {
-                "joint": settings.joint_names[s.joints[arm[joint]]],
+                "joint": settings.joint_names[s.states[arm[joint]]],
                 "rad_per_s": round(float(speed[at, joint]), 3),
                 "rad": round(float(step_rad[at, joint]), 4),
                 "at_s": round(float(after[at] - begin) / 1e9, 3),
@@ -356,17 +396,18 @@ def nearest_index(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
     return np.where(ticks_ns - times_ns[left] <= np.abs(times_ns[right] - ticks_ns), left, right)
 
 
-def _in_joint_gap(joint_ns: np.ndarray, ticks_ns: np.ndarray, settings: BagSettings) -> np.ndarray:
-    """(T,) bool: ticks whose two neighbouring joint samples are more than twice `max_offset_ms` apart.
+def _in_gap(stream: _Stream, ticks_ns: np.ndarray, settings: BagSettings) -> np.ndarray:
+    """(T,) bool: ticks whose two neighbouring samples are more than twice `max_offset_ms` apart.
 
-    A line across such a gap is a guess: the joints may have done anything in between. Only interpolation draws it;
-    "nearest" takes a sample that max_offset_ms has found near enough.
+    A line across such a gap is a guess: the joints may have done anything in between. So is a value that is held across
+    it. "nearest" takes a sample that max_offset_ms has found near enough.
     """
-    if settings.joint_resample != "linear":
+    if settings.joint_resample != "linear" and not stream.held:
         return np.zeros(len(ticks_ns), bool)
-    left = np.maximum(np.searchsorted(joint_ns, ticks_ns, side="right") - 1, 0)
-    right = np.minimum(np.searchsorted(joint_ns, ticks_ns, side="left"), len(joint_ns) - 1)
-    return (joint_ns[right] - joint_ns[left]) / 1e6 > 2 * settings.max_offset_ms
+    times_ns = stream.time_ns
+    left = np.maximum(np.searchsorted(times_ns, ticks_ns, side="right") - 1, 0)
+    right = np.minimum(np.searchsorted(times_ns, ticks_ns, side="left"), len(times_ns) - 1)
+    return (times_ns[right] - times_ns[left]) / 1e6 > 2 * settings.max_offset_ms
 
 
 def _segments(kept: np.ndarray) -> np.ndarray:
@@ -376,7 +417,7 @@ def _segments(kept: np.ndarray) -> np.ndarray:
     return np.array([(kept_so_far[a] - 1, kept_so_far[b - 1]) for a, b in edges.reshape(-1, 2)], np.int64)
 
 
-def _still_share(joint_streams: Sequence[_JointStream]) -> float:
+def _still_share(joint_streams: Sequence[_Stream]) -> float:
     """The share of the recording's time in which every joint was slower than STILL_RAD_PER_S."""
     times = np.unique(np.concatenate([s.time_ns for s in joint_streams]))  # between two of them no speed changes
     begin, end = max(s.time_ns[0] for s in joint_streams), min(s.time_ns[-1] for s in joint_streams)
@@ -385,7 +426,7 @@ def _still_share(joint_streams: Sequence[_JointStream]) -> float:
         return 1.0
     still = np.ones(len(times) - 1, bool)
     for s in joint_streams:
-        speed = np.abs(np.diff(s.rad, axis=0)).max(axis=1) / (np.diff(s.time_ns) / 1e9)
+        speed = np.abs(np.diff(s.value, axis=0)).max(axis=1) / (np.diff(s.time_ns) / 1e9)
         still &= (speed < STILL_RAD_PER_S)[np.searchsorted(s.time_ns, times[:-1], side="right") - 1]
     return round(float(np.average(still, weights=np.diff(times) / 1e9)), 3)
 
@@ -404,12 +445,12 @@ def wrap_to_pi(angle_rad: np.ndarray, reference_rad: np.ndarray | float = 0.0) -
 
 
 def no_motion(state_rad: np.ndarray, recorded: np.ndarray, wrapped: np.ndarray, action_mode: str) -> np.ndarray:
-    """What a policy must beat: actions (N, J) float32 that keep the joints where they are.
+    """What a policy must beat: actions (N, A) float32 that keep the joints where they are.
 
     Args:
-        state_rad: (N, J), where they are.
-        recorded: (N, J), the recorded actions. Absolute ones are not wrapped, states are: the answer is on their turn.
-        wrapped: (J,) bool, which joints' states are wrapped.
+        state_rad: (N, A), where they are.
+        recorded: (N, A), the recorded actions. Absolute ones are not wrapped, states are: the answer is on their turn.
+        wrapped: (A,) bool, which of them are wrapped.
         action_mode: of the recorded actions; the first relative one of a chunk is a delta.
     """
     if action_mode != "absolute":
@@ -418,33 +459,36 @@ def no_motion(state_rad: np.ndarray, recorded: np.ndarray, wrapped: np.ndarray, 
     return (recorded - np.where(wrapped, wrap_to_pi(away), away)).astype(np.float32)
 
 
-def _resample_joints(
-    joint_streams: Sequence[_JointStream], ticks_ns: np.ndarray, settings: BagSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Joint positions at the ticks, with the project's sign applied: as recorded, and without jumps.
+def _resample(streams: Sequence[_Stream], ticks_ns: np.ndarray, settings: BagSettings) -> tuple[np.ndarray, np.ndarray]:
+    """States at the ticks, with the project's sign applied to joints: as recorded, and without jumps.
 
     Returns:
-        (the positions, (T, J) float64: without `wrap_angles` interpolated between the recorded values, jumps and all;
-         the same path without jumps, (T, J) float64. It is unwrapped along all samples of the recording, so that it
+        (the states, (T, S) float64: without `wrap_angles` interpolated between the recorded values, jumps and all;
+         the same path without jumps, (T, S) float64. It is unwrapped along all samples of the recording, so that it
          also counts turns that were made while frames were dropped).
     """
 
-    def at_ticks(joint_ns: np.ndarray, path: np.ndarray) -> np.ndarray:
+    def at_ticks(stream: _Stream, path: np.ndarray) -> np.ndarray:
+        times_ns = stream.time_ns
+        if stream.held:
+            return path[np.searchsorted(times_ns, ticks_ns, side="right") - 1]
         if settings.joint_resample == "linear":
-            elapsed, wanted = (joint_ns - joint_ns[0]).astype(np.float64), (ticks_ns - joint_ns[0]).astype(np.float64)
+            elapsed, wanted = (times_ns - times_ns[0]).astype(np.float64), (ticks_ns - times_ns[0]).astype(np.float64)
             return np.stack([np.interp(wanted, elapsed, column) for column in path.T], axis=1)
-        return path[nearest_index(joint_ns, ticks_ns)]
+        return path[nearest_index(times_ns, ticks_ns)]
 
-    state, continuous = (np.empty((len(ticks_ns), len(settings.joint_names))) for _ in range(2))
-    for s in joint_streams:
-        continuous[:, s.joints] = at_ticks(s.time_ns, s.path_rad)  # interpolated so, no value lies between +pi and -pi
-        state[:, s.joints] = continuous[:, s.joints] if settings.wrap_angles else at_ticks(s.time_ns, s.rad)
-    sign = np.asarray(settings.joint_sign, np.float64) if settings.apply_joint_sign else 1.0
-    return state * sign, continuous * sign
+    state, continuous = (np.empty((len(ticks_ns), len(settings.state_names))) for _ in range(2))
+    for s in streams:
+        continuous[:, s.states] = at_ticks(s, s.path)  # interpolated so, no value lies between +pi and -pi
+        state[:, s.states] = continuous[:, s.states] if settings.wrap_angles else at_ticks(s, s.value)
+    if settings.apply_joint_sign:
+        sign = np.append(np.asarray(settings.joint_sign, np.float64), np.ones(len(settings.state_topics)))
+        state, continuous = state * sign, continuous * sign
+    return state, continuous
 
 
 def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
-    """(T, J) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame.
+    """(T, S) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame.
 
     Of "relative" actions only the first of a chunk is here, which is a delta; the others depend on where the chunk
     begins: see ChunkDataset.

@@ -1,9 +1,8 @@
 """The door for topics: which ones are read, whether a bag has them, and how a message becomes a time and numbers.
 
-Today that is one joint topic, read by joint name from whichever message carries the joint, and the cameras' topics.
-States or actions from further topics (a gripper's own topic, commanded positions) come in here: in wanted_topics(), so
-that they are checked as all others are, and as a function beside joint_positions() that turns a message of theirs into
-a row of numbers. reading.py then collects their rows, as it does the joints'.
+These are the joint topic, read by joint name from whichever message carries the joint; the topics of further states,
+each a field of some message (fields.py); and the cameras' topics. wanted_topics() names them all, so that all are
+checked alike.
 
 Knows: message types and fields, joint names, clocks.
 Must not know: how files are read (storage.py) and pixels decoded (images.py), the time grid (synchronisation.py).
@@ -20,19 +19,24 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.store import Typestore
 
 from .bags import Bag
+from .definitions import register
 from .errors import BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE
 from .settings import BagSettings
-from .storage import Storage, messages, topics_of
+from .storage import Storage, definition_of, messages, topics_of
 
 JOINT_TYPE = "sensor_msgs/msg/JointState"
 NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
 
 
 def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
-    """(config key, topic, message types it may have) of each topic that is read: the joints', then the cameras'."""
+    """(config key, topic, message types it may have) of each topic that is read: joints', cameras', further states'.
+
+    A topic may be there more than once. No types: any that has the field.
+    """
     wanted = [("data.joint_topic", settings.joint_topic, {JOINT_TYPE})]
     wanted += [(f"data.camera_topics.{c}", t, {IMAGE_TYPE, COMPRESSED_TYPE}) for c, t in settings.camera_topics.items()]
+    wanted += [(f"data.state_topics.{name}", field.topic, set()) for name, field in settings.state_topics.items()]
     return wanted
 
 
@@ -49,7 +53,7 @@ def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
         if topic not in topics:
             raise BagError(f"{bag.name}: {key}: no topic {topic}; set it to one of the topics in this bag: {there}")
         types, count = topics[topic]
-        if not types <= allowed:
+        if allowed and not types <= allowed:
             found = "/".join(sorted(types))
             raise BagError(f"{bag.name}: {key}: topic {topic} has type {found}, expected {expected}; in it: {there}")
         if not count:
@@ -87,6 +91,70 @@ def check_joints(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
     )
 
 
+def check_fields(bag: Bag, readers: Sequence[Storage], settings: BagSettings, typestore: Typestore) -> None:
+    """Every field of data.state_topics is in some message; as check_joints(), reads only until all were seen.
+
+    Raises:
+        BagError: naming the field that is in no message, or of another kind than a number.
+    """
+    missing = dict(settings.state_topics)
+    numbers, there = dict.fromkeys((f.topic for f in missing.values()), 0), dict.fromkeys(missing, dict[str, None]())
+    for topic, msgtype, _, raw in messages(bag, readers, set(numbers)) if missing else ():
+        numbers[topic] += 1
+        wanted = {name: field for name, field in missing.items() if field.topic == topic}
+        if not wanted:
+            continue
+        where = f"{bag.name}: {topic}, message {numbers[topic]}"
+        message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
+        for name, field in wanted.items():
+            if field.read(message, where) is not None:
+                missing.pop(name)
+            elif len(there[name]) <= NAMES_SHOWN:
+                there[name] = there[name] | dict.fromkeys(field.names_in(message))
+        if not missing:
+            return
+    for name, field in missing.items():
+        found = list(there[name])[:NAMES_SHOWN] + ["..."] * (len(there[name]) > NAMES_SHOWN)
+        raise BagError(
+            f"{bag.name}: data.state_topics.{name}: {field.path} is in none of the {numbers[field.topic]} messages on "
+            f"{field.topic}; names that are: {', '.join(found) or 'none at all'}"
+        )
+
+
+def bag_typestore(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> Typestore:
+    """The message definitions of data.ros_distro, and the bag's own of types in data.state_topics that it lacks.
+
+    Raises:
+        BagError: the bag has no such definition, or one that cannot be read.
+    """
+    topics, store = topics_of(readers), typestore_for(settings.ros_distro)
+    unknown = {
+        msgtype: f"{bag.name}: {key}: topic {topic} has type {msgtype}, which ROS 2 {settings.ros_distro}'s common "
+        "messages do not have"
+        for key, topic, allowed in wanted_topics(settings)
+        if not allowed
+        for msgtype in topics[topic][0]
+        if msgtype not in store.fielddefs
+    }
+    if unknown:
+        store = get_typestore(_store_names()[settings.ros_distro])  # of its own: another bag may define it otherwise
+    for msgtype, what in unknown.items():
+        definition = definition_of(bag, readers, msgtype)
+        if definition is None:
+            raise BagError(
+                f"{what}, and the recording brings no definition of it, as mcap does, and sqlite3 since ROS 2 Iron; "
+                "record it with ros2 bag record -s mcap, or take the state from another topic"
+            )
+        encoding, text = definition
+        if encoding != "ros2msg":
+            raise BagError(f"{what}, and the recording's definition of it is of kind {encoding!r}, expected 'ros2msg'")
+        try:
+            register(store, msgtype, text)
+        except ValueError as exc:
+            raise BagError(f"{what}, and the recording's definition of it cannot be used: {exc}") from exc
+    return store
+
+
 @functools.lru_cache(maxsize=1)  # a new one would compile its decoders again, 10 ms a bag
 def typestore_for(ros_distro: str) -> Typestore:
     """The message definitions of a ROS 2 distribution, for example "humble": what turns CDR bytes into messages.
@@ -94,19 +162,25 @@ def typestore_for(ros_distro: str) -> Typestore:
     Raises:
         SetupError: rosbags does not know that distribution.
     """
-    known: dict[str, Stores] = {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
+    known = _store_names()
     if ros_distro not in known:
         raise SetupError(f"data.ros_distro: found {ros_distro!r}, expected one of {', '.join(sorted(known))}")
     return get_typestore(known[ros_distro])
 
 
-def parse_message(raw: bytes, msgtype: str, ros_distro: str, where: str) -> Any:
+def _store_names() -> dict[str, Stores]:
+    return {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
+
+
+def parse_message(raw: bytes, msgtype: str, ros_distro: str, where: str, typestore: Typestore | None = None) -> Any:
     """CDR bytes to a message object with ROS' field names; `where` is the bag, topic and message number, for errors.
+
+    `typestore` is that of the distribution, if it is not one from bag_typestore().
 
     Raises:
         BagError: the bytes are no message of that type in that distribution.
     """
-    typestore = typestore_for(ros_distro)
+    typestore = typestore or typestore_for(ros_distro)
     try:
         return typestore.deserialize_cdr(raw, msgtype)
     except Exception as exc:  # rosbags raises several types on short or foreign payloads
@@ -124,6 +198,11 @@ def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> i
         BagError: it was never set, or is no time that a recording can have.
     """
     if time_source == "header":
+        if not hasattr(message, "header"):
+            raise BagError(
+                f"{where}: a {type(message).__name__.replace('__', '/')} has no header, and so no time by that clock; "
+                "use data.time_source: receive, or take a topic whose messages are stamped"
+            )
         stamp = message.header.stamp
         time_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
         if time_ns <= 0:

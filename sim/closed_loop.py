@@ -34,9 +34,9 @@ def check_policy(runner):
     contract = runner.contract
     if len(contract.cameras) != 1:
         raise PolicyError(f"the policy sees {', '.join(contract.cameras)}; the simulated cell has one camera")
-    if contract.joint_names is None or set(contract.joint_names) != set(JOINT_NAMES):
+    if set(contract.state_names or ()) != set(JOINT_NAMES) or contract.action_names != list(contract.state_names):
         raise PolicyError(
-            f"the policy's joints are {', '.join(contract.joint_names or ['not named'])}; the simulated arm's are "
+            f"the policy's joints are {', '.join(contract.state_names or ['not named'])}; the simulated arm's are "
             f"{', '.join(JOINT_NAMES)}"
         )
 
@@ -69,7 +69,7 @@ class PolicyDriver:
         states = [self._contract.state_from_robot(JOINT_NAMES, world.path_rad[-1]) for world in worlds]
         steps = step_together(self._forks, states, images)
         self.inferred.append(np.array([step.chunk is not None for step in steps]))
-        order = [self._contract.joint_names.index(name) for name in JOINT_NAMES]
+        order = [self._contract.state_names.index(name) for name in JOINT_NAMES]
         limited = [np.clip(step.command_rad, *self._contract.joint_limits_rad) for step in steps]
         return [self._contract.to_robot(command_rad)[order] for command_rad in limited]
 

@@ -21,11 +21,15 @@ import numpy as np
 import yaml
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from rosbag_dataset import UR_JOINTS, BagSettings, Recording, settings_from
 
 STORE = get_typestore(Stores.ROS2_HUMBLE)
+# A type that rosbags does not know, as ur_msgs has it less its analog values: a bag brings its definition.
+IO_STATES = "ur_msgs/msg/IOStates"
+STORE.register(get_types_from_msg("uint8 pin\nbool state\n", "ur_msgs/msg/Digital"))
+STORE.register(get_types_from_msg("Digital[] digital_in_states\nDigital[] digital_out_states\n", IO_STATES))
 T0_NS = 1_700_000_000 * 10**9
 JOINTS = UR_JOINTS
 JOINT_TOPIC, CAMERA_TOPIC = "/joint_states", "/camera/color/image_raw"
@@ -74,6 +78,26 @@ def joint_state(stamp_ns: int, rad: Sequence[float], names: Sequence[str] = JOIN
     """A JointState as the UR driver's: velocity there, effort empty."""
     rad = np.asarray(rad, np.float64)
     return ros("sensor_msgs/msg/JointState", header(stamp_ns), list(names), rad, np.zeros(len(rad)), np.zeros(0))
+
+
+def number(kind: str, value: Any) -> Any:
+    """A std_msgs message with one number, for example Float64."""
+    return ros(f"std_msgs/msg/{kind}", value)
+
+
+def numbers(values: Sequence[float]) -> Any:
+    """A Float64MultiArray, as of a forward controller."""
+    layout = ros("std_msgs/msg/MultiArrayLayout", [], 0)
+    return ros("std_msgs/msg/Float64MultiArray", layout, np.asarray(values, np.float64))
+
+
+def wrench(stamp_ns: int, force_n: Sequence[float]) -> Any:
+    force, torque = (ros("geometry_msgs/msg/Vector3", *map(float, v)) for v in (force_n, (0, 0, 0)))
+    return ros("geometry_msgs/msg/WrenchStamped", header(stamp_ns), ros("geometry_msgs/msg/Wrench", force, torque))
+
+
+def io_states(outputs: Sequence[bool]) -> Any:
+    return ros(IO_STATES, [], [ros("ur_msgs/msg/Digital", pin, bool(on)) for pin, on in enumerate(outputs)])
 
 
 def image(stamp_ns: int, pixels: np.ndarray, encoding: str = "rgb8", **changes: Any) -> Any:

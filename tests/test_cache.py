@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rosbag_dataset import BagSettings, cache, cache_key, decoding, find_bags, open_pixels
+from rosbag_dataset.fields import parse_field
 from tests.bags import JOINT_TOPIC, joint_state, make_take, settings, write_bag
 from tests.checks import LOAD, SLOW_LOAD, TAKE, cut, entries, error_of, load, python
 
@@ -52,6 +53,7 @@ PIXELS_OR_TIMES = dict(
     joint_topic="/other",
     camera_topics={"color": "/other"},
     joint_names=("elbow_joint",),
+    state_topics={"gripper": parse_field("/gripper:data")},
     time_source="header",
     ros_distro="jazzy",
     image_resize=(3, 4),
@@ -65,6 +67,8 @@ AFTER_THE_CACHE = dict(
     apply_joint_sign=True,
     wrap_angles=False,
     action_mode="absolute",
+    observed_only=("wrist_3_joint",),
+    state_units={"wrist_3_joint": "deg"},
     on_bad_bag="skip",
     bag_dir=Path("elsewhere"),
     cache_dir=Path("elsewhere"),

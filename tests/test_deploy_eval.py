@@ -651,7 +651,7 @@ def test_how_far_a_chunk_leads_from_the_truth(trained: Path, trained_absolute: P
     assert row["joint_rad_mean"] == pytest.approx(0.01 / 6, rel=1e-3)
     flange = link_frames(truth[14])[6, :3, 3]
     assert row["tool_m_mean"] == pytest.approx(0.01 * np.hypot(*flange[:2]), rel=1e-2)
-    other = dataclasses.replace(contract, joint_names=tuple(f"joint_{i}" for i in range(6)))
+    other = dataclasses.replace(contract, state_names=tuple(f"joint_{i}" for i in range(6)))
     assert positions_ahead(errors, other)[0]["tool_m_mean"] is None
 
 

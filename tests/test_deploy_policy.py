@@ -370,12 +370,12 @@ def test_angles_are_wrapped_as_in_training(trained: Path):
 
 def test_the_contract_is_read_from_train_config(trained: Path, trained_absolute: Path):
     delta, absolute = (PolicyRunner(path, backend="native", device="cpu") for path in (trained, trained_absolute))
-    assert delta.contract.joint_names == UR_JOINTS and delta.contract.revolute == (True,) * 6
+    assert delta.contract.state_names == UR_JOINTS and delta.contract.revolute == (True,) * 6
     assert (delta.contract.action_mode, delta.contract.action_unit) == ("delta", "rad per frame")
     assert (absolute.contract.action_mode, absolute.contract.action_unit) == ("absolute", "rad")
     assert delta.contract.image_resize == (32, 48) and delta.contract.cameras == {"color": (32, 48)}
     assert delta.contract.fps == 30.0 and delta.contract.wrap_angles and len(delta.contract.held_out_episodes) == 1
-    assert delta.contract.joint_labels[0] == "shoulder_pan" and delta.contract.source == "train_config.json"
+    assert delta.contract.state_labels[0] == "shoulder_pan" and delta.contract.source == "train_config.json"
     assert (absolute.mode, absolute.ensemble_m) == ("ensemble", 0.01)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rosbag_dataset import setting_rules
+from rosbag_dataset import setting_rules, state_rules
 
 from .errors import ConfigError
 
@@ -15,16 +15,22 @@ from .errors import ConfigError
 def check_settings(cfg: Any) -> None:
     """Refuse settings that contradict each other. Raises ConfigError, naming the first, what was found and expected."""
     data, conv, model, training = cfg.data, cfg.conventions, cfg.model, cfg.training
-    joints, cosine = len(data.joint_names), training.scheduler == "cosine"
+    topics, units, cosine = data.state_topics or {}, data.state_units or {}, training.scheduler == "cosine"
+    states = len(data.joint_names) + len(topics)
+    actions = states - len(data.observed_only)
     ensembling = model.temporal_ensemble_coeff is not None
-    of_joints = f"{joints}, the number of data.joint_names"
+    counted = "the number of data.joint_names"
+    if topics:
+        counted += f" ({len(data.joint_names)}) and data.state_topics ({len(topics)})"
+    without = f" without data.observed_only ({len(data.observed_only)})" if data.observed_only else ""
     divides = model.dim_model % model.n_heads == 0 and model.dim_model % 4 == 0
     multiple = f"a multiple of 4 and of model.n_heads {model.n_heads}"
     at_most = f"at most model.chunk_size {model.chunk_size}"
     rules: list[tuple[bool, str, Any, str]] = [  # holds, key, found, expected
         *setting_rules(data.joint_names, conv.joint_sign, conv.apply_joint_sign, conv.image_resize, cfg.cameras),
-        (model.state_dim == joints, "model.state_dim", model.state_dim, of_joints),
-        (model.action_dim == joints, "model.action_dim", model.action_dim, of_joints),
+        *state_rules(data.joint_names, data.joint_topic, topics, data.observed_only, units, cfg.cameras),
+        (model.state_dim == states, "model.state_dim", model.state_dim, f"{states}, {counted}"),
+        (model.action_dim == actions, "model.action_dim", model.action_dim, f"{actions}, {counted}{without}"),
         (model.n_action_steps <= model.chunk_size, "model.n_action_steps", model.n_action_steps, at_most),
         (model.n_action_steps == 1 or not ensembling, "model.n_action_steps", model.n_action_steps,
          "1 with model.temporal_ensemble_coeff"),

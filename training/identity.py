@@ -63,13 +63,13 @@ def split(
 
 
 def angle_reference(train: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None) -> list[float]:
-    """J angles in rad around which joints are wrapped, 0 for those that are not.
+    """S angles in rad around which joints are wrapped, 0 for states that are not.
 
     As in the run with the fingerprint `was` that goes on (older ones, which have none, wrapped around 0), else from the
     training episodes.
     """
     if was is not None:
-        return was.get("angle_reference_rad", [0.0] * len(bags.joint_names))
+        return was.get("angle_reference_rad", [0.0] * len(bags.state_names))
     wrapped = bags.revolute & bags.wrap_angles
     return [float(angle) if wrap else 0.0 for angle, wrap in zip(angle_references(train), wrapped, strict=True)]
 
@@ -87,6 +87,9 @@ def fingerprint(
     return {
         **{f"model.{name}": value for name, value in dataclasses.asdict(act).items()},
         **{f"data.{name}": settings["data"][name] for name in keys},
+        # None where nothing is asked for, as in checkpoints from before these keys, which do not have them.
+        "data.state_topics": list((settings["data"]["state_topics"] or {}).items()) or None,  # in their order
+        "data.observed_only": settings["data"]["observed_only"] or None,
         **{f"conventions.{name}": value for name, value in settings["conventions"].items()},
         "cameras": dict(cameras),
         "training.val_fraction": settings["training"]["val_fraction"],
@@ -179,25 +182,29 @@ def check_same_on_all_ranks(mine: dict[str, Any], world: World) -> None:
 
 def robot_contract(
     settings: Settings,
-    cameras: Mapping[str, str],
-    joints: Mapping[str, Sequence[Any]],
+    bags: BagSettings,
+    angle_reference_rad: Sequence[float],
     train: Sequence[Episode],
     held_out: Sequence[Episode],
 ) -> dict[str, Any]:
     """train_config.json: what a robot must know to feed this policy and to act on its output, and all settings.
 
-    `joints` says of each joint whether it is an angle ("revolute") and around what it is wrapped
-    ("angle_reference_rad").
+    `bags` are those settings that decoded the bags, `angle_reference_rad` is around what each of the S states is
+    wrapped, if it is an angle. Lists are in the order of the states.
     """
     data, conventions = settings["data"], settings["conventions"]
-    no_signs = [1.0] * settings["model"]["state_dim"]
+    signs = conventions["joint_sign"] if conventions["apply_joint_sign"] else [1.0] * len(bags.joint_names)
     return {
         "action_mode": conventions["action_mode"],
         "joint_names": data["joint_names"],
-        "revolute": list(joints["revolute"]),
-        "joint_sign": conventions["joint_sign"] if conventions["apply_joint_sign"] else no_signs,
+        "state_names": list(bags.state_names),
+        "action_names": [bags.state_names[i] for i in bags.acted],
+        "state_topics": {name: field.text for name, field in bags.state_topics.items()},
+        "units": list(bags.units),
+        "revolute": bags.revolute.tolist(),
+        "joint_sign": [*signs, *[1.0] * len(bags.state_topics)],
         "wrap_angles": conventions["wrap_angles"],
-        "angle_reference_rad": list(joints["angle_reference_rad"]),
+        "angle_reference_rad": list(angle_reference_rad),
         "fps": data["fps"],
         "rest_at_start_s": statistics.median(e.sync_report["rest_at_start_s"] for e in train),
         "image_age_s": {
@@ -209,7 +216,7 @@ def robot_contract(
         },
         "image_resize": conventions["image_resize"],
         "image_resize_interpolation": RESIZE_INTERPOLATION,
-        "cameras": dict(cameras),
+        "cameras": dict(bags.camera_topics),
         "image_shapes": {camera: list(shape) for camera, shape in train[0].image_shape.items()},
         "joint_topic": data["joint_topic"],
         "joint_resample": data["joint_resample"],

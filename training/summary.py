@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rosbag_dataset import ChunkDataset, Episode, no_motion, sync_table
+from rosbag_dataset import ChunkDataset, Episode, action_unit, no_motion, sync_table
 
 from .metrics import METRICS, Watch, metrics_lines, read_metrics
 
@@ -30,7 +30,7 @@ def first_actions(episode: Episode, chunk_size: int, predict: Predict) -> tuple[
     """Run the policy on every recorded frame of an episode ("teacher-forced"), keeping each chunk's first action.
 
     Returns:
-        (frames (N,) int64 that have an action, predicted (N, J), recorded (N, J)), actions in rad.
+        (frames (N,) int64 that have an action, predicted (N, A), recorded (N, A)), actions in their units.
     """
     dataset = ChunkDataset([episode], chunk_size)
     frames = np.array([dataset.locate(i)[1] for i in range(len(dataset))], np.int64)
@@ -48,12 +48,12 @@ def draw(
     frames: np.ndarray,
     predicted: np.ndarray,
     recorded: np.ndarray,
-    joint_names: Sequence[str],
+    names: Sequence[str],
     fps: float,
-    unit: str,
+    units: Sequence[str],
     title: str,
 ) -> str:
-    """Draw the picture; returns what to say instead of a path when matplotlib is not installed."""
+    """Draw the picture, with a panel for each action; returns what to say instead of a path without matplotlib."""
     try:
         import matplotlib
 
@@ -64,7 +64,7 @@ def draw(
     training, validation = read_metrics(path.with_name(METRICS))
     dataset = ChunkDataset([episode], 1)
     cameras = list(episode.image_shape)
-    rows = 1 + -(-len(joint_names) // 3)
+    rows = 1 + -(-len(names) // 3)
     figure = plt.figure(figsize=(12, 2.9 * rows), layout="constrained")
     figure.suptitle(title, fontsize=11)
     grid = figure.add_gridspec(rows, 6)
@@ -85,15 +85,15 @@ def draw(
     camera.set_title(f"{episode.name}, {', '.join(cameras)} camera at {seconds[middle]:.1f} s", fontsize=10)
     camera.axis("off")
 
-    for j, name in enumerate(joint_names):
+    for j, name in enumerate(names):
         axes = figure.add_subplot(grid[1 + j // 3, 2 * (j % 3) : 2 * (j % 3) + 2])
         axes.plot(seconds, recorded[:, j], label="recorded", color="0.3", linewidth=1.8)
         axes.plot(seconds, predicted[:, j], label="predicted", color="tab:orange", linewidth=1.2)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
-        if j % 3 == 0:
-            axes.set_ylabel(f"action, {unit}")
-        if j + 3 >= len(joint_names):
+        if j % 3 == 0 or units[j] != units[j - 1]:
+            axes.set_ylabel(f"action, {units[j]}".rstrip(", "))
+        if j + 3 >= len(names):
             axes.set_xlabel("s")
         if j == 0:
             axes.legend()
@@ -129,6 +129,11 @@ def _wall_rate(training: Sequence[Mapping[str, Any]]) -> float | None:
     return len(rates) / sum(1 / rate for rate in rates) if rates and all(rates) else None
 
 
+def _per_name(error: np.ndarray, names: Sequence[str], which: np.ndarray) -> dict[str, float]:
+    """{name: mean} of the columns of errors (N, A) that `which` (A,) bool chooses."""
+    return {names[j]: float(error[:, j].mean()) for j in np.flatnonzero(which)}
+
+
 def report_sync(
     output_dir: Path, episodes: Sequence[Episode], skipped: Sequence[dict[str, str]], held_out: Sequence[Episode]
 ) -> None:
@@ -157,9 +162,9 @@ def finish(
         output_dir: the run's directory, with metrics.jsonl and `last` in it.
         train: the episodes that were trained on.
         held_out: those that training did not see: the policy is measured on these, if there are any.
-        predict: raw batch (as ChunkDataset gives) -> (B, chunk, J) actions in rad.
+        predict: raw batch (as ChunkDataset gives) -> (B, chunk, A) actions in their units.
         chunk_size: actions that `predict` gives at once.
-        action_mean: (J,) mean action of the training data, rad.
+        action_mean: (A,) mean action of the training data.
         contract: what train_config.json holds.
         trained: what was trained, in one line.
         skipped_bags: how many bags were left out.
@@ -167,8 +172,11 @@ def finish(
     Returns:
         What summary.json holds.
     """
-    joint_names, action_mode = contract["joint_names"], contract["action_mode"]
-    wrapped = np.array(contract["revolute"]) & contract["wrap_angles"]
+    names, action_mode = contract["action_names"], contract["action_mode"]
+    acted = [contract["state_names"].index(name) for name in names]
+    wrapped = (np.array(contract["revolute"]) & contract["wrap_angles"])[acted]
+    in_rad = np.array([contract["units"][i] == "rad" for i in acted])
+    units = [action_unit(contract["units"][i], action_mode) for i in acted]
     reports = [episode.sync_report for episode in (*train, *held_out)]
     facts = {
         "trained": trained,
@@ -184,7 +192,7 @@ def finish(
         shown = shown or (episode, frames, predicted, recorded)
         policies = {  # the last two are dumb: stay where you are, and the training data's mean
             "policy": predicted,
-            "no motion": no_motion(episode.state[frames], recorded, wrapped, action_mode),
+            "no motion": no_motion(episode.state[frames][:, acted], recorded, wrapped, action_mode),
             "mean action": action_mean,
         }
         for name, action in policies.items():
@@ -196,19 +204,18 @@ def finish(
     trouble = [note for line in metrics_lines(output_dir / METRICS) if (note := watch.add(line))]
     kind = "held-out" if any_unseen else "training (none was held out)"
     which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
-    unit = "rad per frame" if action_mode == "delta" else "rad"
     picture = draw(
-        output_dir / "summary.png", *shown, joint_names, contract["fps"], unit,
+        output_dir / "summary.png", *shown, names, contract["fps"], units,
         f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}",
     )  # fmt: skip
     summary = {
         **facts,
         "episodes": [episode.name for episode in episodes],
         "held_out": any_unseen,
-        "mae_rad": {name: float(error.mean()) for name, error in mae.items()},
-        "mae_rad_per_joint": {
-            name: dict(zip(joint_names, error.mean(axis=0).tolist(), strict=True)) for name, error in mae.items()
-        },
+        "mae_rad": {name: float(error[:, in_rad].mean()) for name, error in mae.items() if in_rad.any()},
+        "mae_rad_per_joint": {name: _per_name(error, names, in_rad) for name, error in mae.items()},
+        "mae_per_other_state": {name: _per_name(error, names, ~in_rad) for name, error in mae.items()},
+        "units": dict(zip(names, units, strict=True)),
         "loss_first": training[0]["loss"] if training else None,
         "loss_last": training[-1]["loss"] if training else None,
         "val_l1_last": validation[-1]["val_l1_loss"] if validation else None,
@@ -235,8 +242,12 @@ def finish(
         text = f"L1 {validation[-1]['val_l1_loss']:.4f} (best {best['val_l1_loss']:.4f} at step {best['step']})"
         lines.append(("held out", text))
     lines += [("warning", note) for note in trouble]
-    compared = ", ".join(f"{name} {value:.6f}" for name, value in summary["mae_rad"].items())
-    lines.append(("error", f"mean absolute, {unit}, on {which}: {compared}"))
+    # Joints together, what is in other units one by one.
+    each = [(f" of {names[j]}", np.arange(len(names)) == j) for j in np.flatnonzero(~in_rad)]
+    for what, chosen in [("", in_rad)] * bool(in_rad.any()) + each:
+        unit = units[int(chosen.argmax())] or "no unit said"
+        compared = ", ".join(f"{name} {error[:, chosen].mean():.6f}" for name, error in mae.items())
+        lines.append(("error", f"mean absolute{what}, {unit}, on {which}: {compared}"))
     if action_mode != "absolute":
         lines.append(
             (

@@ -112,7 +112,7 @@ def check_source(source: EpisodeSource, contract: RobotContract) -> list[str]:
             f"the checkpoint does not say its rate: taken to be the recording's {source.fps:g} frames per second"
         )
 
-    names, expected = source.joint_names, contract.joint_names
+    names, expected = source.joint_names, contract.state_names
     if names and len(names) != len(contract.joint_sign):
         raise EvalError(f"{where}: {len(names)} joints ({', '.join(names)}); the policy has {len(contract.joint_sign)}")
     if names and expected and list(names) != list(expected):
@@ -147,7 +147,8 @@ def told_action_mode(episodes: Sequence[EpisodeData], contract: RobotContract) -
     as_delta, as_absolute, count = 0.0, 0.0, 0
     for data in episodes:
         pairs = np.flatnonzero((np.diff(data.segment) == 0) & np.isfinite(data.action[:-1]).all(axis=1))
-        state, following, action = data.state_rad[pairs], data.state_rad[pairs + 1], data.action[pairs]
+        acted_on, action = contract.acted_on(data.state_rad), data.action[pairs]
+        state, following = acted_on[pairs], acted_on[pairs + 1]
         as_delta += float(np.abs(contract.difference(action, contract.difference(following, state))).sum())
         as_absolute += float(np.abs(contract.difference(action, following)).sum())
         count += action.size
@@ -167,11 +168,12 @@ def check_data(episodes: Sequence[EpisodeData], source: EpisodeSource, runner: P
         EvalError: number of joints or kind of action is not the policy's.
     """
     contract, where, notes = runner.contract, source.identity["path"], []
-    joints = len(contract.joint_sign)
+    states, actions = len(contract.joint_sign), len(contract.acted)
     for data in episodes:
-        for what, found in (("state", data.state_rad.shape[1]), ("action", data.action.shape[1])):
-            if found != joints:
-                raise EvalError(f"{where}: {data.name}: {found} joints in the {what}; the policy has {joints}")
+        sizes = (("state", data.state_rad.shape[1], states), ("action", data.action.shape[1], actions))
+        for what, found, expected in sizes:
+            if found != expected:
+                raise EvalError(f"{where}: {data.name}: {found} joints in the {what}; the policy has {expected}")
     mode, measured = (source.action_mode, "its settings say so")
     if mode is None:
         mode, measured = told_action_mode(episodes, contract)
@@ -189,7 +191,7 @@ def check_data(episodes: Sequence[EpisodeData], source: EpisodeSource, runner: P
     far = (np.abs(contract.wrap(state) - stats["mean"]) > FAR_SIGMA * stats["std"]).mean(axis=0)
     for j in np.flatnonzero(far > 0.1):
         notes.append(
-            f"{contract.joint_labels[j]} is more than {FAR_SIGMA} standard deviations from the training data in "
+            f"{contract.state_labels[j]} is more than {FAR_SIGMA} standard deviations from the training data in "
             f"{far[j]:.0%} of the frames: another task, or other units, signs or joint order?"
         )
     return notes

@@ -3,9 +3,12 @@
 Our trainer writes it into the checkpoint (train_config.json). A checkpoint that LeRobot wrote says nothing about
 angles or deltas, so a person has to: `said` below, flags on the command line.
 
-Everything here is in the policy's convention: joints in the policy's order, sign applied, angles wrapped when the
+Everything here is in the policy's convention: states in the policy's order, sign applied, angles wrapped when the
 policy was trained so. state_from_robot() and to_robot() are the two doors to the robot's own; between them and
 PolicyRunner, which wraps, angles are on the robot's turns.
+
+A policy has S states: the robot's joints, and what other topics say (a gripper, a force). A of them are acted on, as a
+rule all; the others are only observed.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
-from rosbag_dataset import CHOICES, UR_JOINTS, wrap_to_pi
+from rosbag_dataset import CHOICES, UR_JOINTS, action_unit, wrap_to_pi
 
 from .ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
 
@@ -39,16 +42,19 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True)
 class RobotContract:
-    """What a policy expects and means, for J joints; its actions are of the same J.
+    """What a policy expects and means, for S states, of which A are in its actions.
 
     Attributes:
         action_mode: what the network predicts: "delta" (rad per frame), "absolute" (rad), or "relative" (rad, offsets
             from the state in which a chunk was predicted). PolicyRunner turns the last into positions at once.
-        joint_names: the state's J joints, in order; None when neither checkpoint nor dataset names them.
-        joint_sign: J factors of +1 or -1 that were applied to the robot's joints before training.
+        state_names: the S states, in order: joints first; None when neither checkpoint nor dataset names them.
+        state_topics: name -> TOPIC:FIELD of the states that are no joints of data.joint_topic.
+        units: the S states' units: "rad", what data.state_units says, or "".
+        acted: the A states, as numbers, that the action is of, in order.
+        joint_sign: S factors of +1 or -1 that were applied to the robot's joints before training.
         wrap_angles: revolute joints were wrapped, to within half a turn of angle_reference_rad.
-        revolute: (J,) which joints are angles; all False when it is not known and nothing is wrapped.
-        angle_reference_rad: (J,) see rosbag_dataset's refer_angles(); 0 in checkpoints that do not say.
+        revolute: (S,) which states are angles; all False when it is not known and nothing is wrapped.
+        angle_reference_rad: (S,) see rosbag_dataset's refer_angles(); 0 in checkpoints that do not say.
         fps: frames per second of the training data, None when the checkpoint does not say.
         rest_at_start_s: how long the joints are still at the start of a training episode (median); None as above.
         image_age_s: camera -> {"median", "most"}: how much older than the state images were in training, by the clock
@@ -62,7 +68,10 @@ class RobotContract:
     """
 
     action_mode: str
-    joint_names: tuple[str, ...] | None
+    state_names: tuple[str, ...] | None
+    state_topics: dict[str, str]
+    units: tuple[str, ...]
+    acted: tuple[int, ...]
     joint_sign: tuple[float, ...]
     wrap_angles: bool
     revolute: tuple[bool, ...]
@@ -84,65 +93,109 @@ class RobotContract:
         return "delta" if self.action_mode == "delta" else "absolute"
 
     @property
-    def action_unit(self) -> str:
-        """The unit of PolicyRunner's actions: "rad per frame" (delta) or "rad" (absolute)."""
-        return "rad per frame" if self.action_kind == "delta" else "rad"
+    def action_units(self) -> list[str]:
+        """The A units of PolicyRunner's actions: of joints "rad per frame" (delta) or "rad" (absolute)."""
+        return [action_unit(self.units[i], self.action_kind) for i in self.acted]
 
     @property
-    def joint_labels(self) -> list[str]:
-        """Short names of the joints, for columns and pictures: "shoulder_pan"; "0", "1", ... when they have none."""
-        if self.joint_names is None:
+    def in_rad(self) -> np.ndarray:
+        """(A,) bool: the actions whose errors are averaged into one figure; all if none is in rad."""
+        in_rad = np.array([self.units[i] == "rad" for i in self.acted])
+        return in_rad if in_rad.any() else ~in_rad
+
+    @property
+    def action_unit(self) -> str:
+        """The unit of that figure: "rad per frame" (delta) or "rad" (absolute)."""
+        return self.action_units[int(self.in_rad.argmax())]
+
+    @property
+    def state_labels(self) -> list[str]:
+        """Short names of the states, for columns and pictures: "shoulder_pan"; "0", "1", ... when they have none."""
+        if self.state_names is None:
             return [str(j) for j in range(len(self.joint_sign))]
-        return [name.removesuffix("_joint") for name in self.joint_names]
+        return [name.removesuffix("_joint") for name in self.state_names]
+
+    @property
+    def action_names(self) -> list[str] | None:
+        """The names of the A states that actions, and so commands, are of, in order."""
+        return None if self.state_names is None else [self.state_names[i] for i in self.acted]
+
+    @property
+    def action_labels(self) -> list[str]:
+        """The same as short names."""
+        return [self.state_labels[i] for i in self.acted]
 
     @property
     def wrapped(self) -> np.ndarray:
-        """(J,) bool: the joints whose angles are wrapped."""
+        """(S,) bool: the states that are wrapped angles."""
         return np.array(self.revolute) & self.wrap_angles
 
-    def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
-        """Angles (..., J) as in training: within half a turn of their reference, if training wrapped them.
+    @property
+    def action_wrapped(self) -> np.ndarray:
+        """(A,) bool: the actions of wrapped angles."""
+        return self.wrapped[list(self.acted)]
 
-        Other joints, and angles that already lie in that range, up to float32's rounding, are returned unchanged.
+    def acted_on(self, state: np.ndarray) -> np.ndarray:
+        """(..., A) of states (..., S): those that actions are of."""
+        return state[..., list(self.acted)]
+
+    def wrap(self, angle_rad: np.ndarray) -> np.ndarray:
+        """States (..., S) as in training: angles within half a turn of their reference, if training wrapped them.
+
+        Other states, and angles that already lie in that range, up to float32's rounding, are returned unchanged.
         """
         reference = np.array(self.angle_reference_rad)
         outside = np.abs(angle_rad - reference) > np.pi + FLOAT32_ROUNDING_RAD
         return np.where(outside & self.wrapped, wrap_to_pi(angle_rad, reference), angle_rad)
 
     def difference(self, a_rad: np.ndarray, b_rad: np.ndarray) -> np.ndarray:
-        """(..., J) a - b; for wrapped joints the shortest way around."""
-        return np.where(self.wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
+        """(..., A) a - b; for wrapped joints the shortest way around."""
+        return np.where(self.action_wrapped, wrap_to_pi(a_rad - b_rad), a_rad - b_rad)
 
     def beside(self, action: np.ndarray, other_rad: np.ndarray) -> np.ndarray:
-        """Actions (..., J) on the turn nearest to `other_rad`: whole turns are added to wrapped joints' positions.
+        """Actions (..., A) on the turn nearest to `other_rad`: whole turns are added to wrapped joints' positions.
 
         A pose is the same a turn further, for the robot and for an error. Deltas are returned as they are.
         """
         if self.action_kind == "delta":
             return action
-        turns = np.round((other_rad - action) / (2 * np.pi)) * self.wrapped
+        turns = np.round((other_rad - action) / (2 * np.pi)) * self.action_wrapped
         return np.where(turns == 0, action, action + 2 * np.pi * turns)
 
-    def state_from_robot(self, names: Sequence[str], position_rad: Sequence[float]) -> np.ndarray:
-        """A JointState's names and positions, in any order -> (J,) float64 for PolicyRunner, rad.
+    def state_from_robot(
+        self, names: Sequence[str], position_rad: Sequence[float], others: Mapping[str, float] | None = None
+    ) -> np.ndarray:
+        """A JointState's names and positions, in any order, and other states -> (S,) float64 for PolicyRunner.
+
+        `others` has the states of data.state_topics by their names, in the units that they were recorded in.
 
         Angles stay on the turns that the robot's joints are on: the runner wraps them for the policy, and its commands
         come back on these turns.
 
         Raises:
-            PolicyError: the contract names no joints, or one of them is not among `names`.
+            PolicyError: the contract names no states, one of them is missing, or `others` has one that is not known.
         """
-        if self.joint_names is None:
+        if self.state_names is None:
             raise PolicyError(
                 f"{self.source}: names no joints, so that the robot's cannot be put in the policy's order"
             )
-        by_name = dict(zip(names, position_rad, strict=True))
-        if missing := [name for name in self.joint_names if name not in by_name]:
+        by_name, others = dict(zip(names, position_rad, strict=True)), others or {}
+        if missing := [name for name in self.state_names if name not in self.state_topics and name not in by_name]:
             raise PolicyError(f"joints {', '.join(missing)} are missing; the robot sent {', '.join(names)}")
-        return np.array([by_name[name] for name in self.joint_names], np.float64) * self.joint_sign
+        if set(others) != set(self.state_topics):
+            expected = ", ".join(
+                f"{name} ({' in '.join(filter(None, (field, self.units[self.state_names.index(name)])))})"
+                for name, field in self.state_topics.items()
+            )
+            raise PolicyError(
+                f"states {', '.join(others) or 'none'} were given beside the joints; the policy's are "
+                f"{expected or 'none'}"
+            )
+        by_name |= others
+        return np.array([by_name[name] for name in self.state_names], np.float64) * self.joint_sign
 
     def to_robot(self, position_rad: np.ndarray) -> np.ndarray:
-        """(J,) joint positions to command, in the policy's signs -> the same in the robot's own.
+        """(A,) positions to command, in the policy's signs -> the same in the robot's own; of `action_names`.
 
         Raises:
             PolicyError: one lies outside the joint's limits.
@@ -150,13 +203,13 @@ class RobotContract:
         low, high = self.joint_limits_rad
         for j in np.flatnonzero((position_rad < low) | (position_rad > high)):
             raise PolicyError(
-                f"{self.joint_labels[j]} would go to {position_rad[j]:.3f} rad, outside its limits {low[j]:.3f} to "
+                f"{self.action_labels[j]} would go to {position_rad[j]:.3f} rad, outside its limits {low[j]:.3f} to "
                 f"{high[j]:.3f} rad (in the policy's sign); it must not reach a robot"
             )
-        return position_rad * np.asarray(self.joint_sign)
+        return position_rad * self.acted_on(np.asarray(self.joint_sign))
 
     def joint_command(self, action: np.ndarray, here_rad: np.ndarray, last_command_rad: np.ndarray) -> np.ndarray:
-        """What to command for an action: (J,) float64 joint positions, rad, in the policy's order and signs.
+        """What to command for an action: (A,) float64 positions, of joints in rad, in the policy's order and signs.
 
         A delta is the difference of two measured states one frame apart. It is added to the last command, not to the
         measured state: an arm that lags would otherwise make only a part of every step, and the sum of a chunk's
@@ -166,24 +219,24 @@ class RobotContract:
         limits the one nearest to where the joint is, is taken, so that no joint is sent around.
 
         Args:
-            action: (J,) of PolicyRunner.
-            here_rad: (J,) where the joints are, on the robot's own turns.
-            last_command_rad: (J,) what was commanded one frame ago.
+            action: (A,) of PolicyRunner.
+            here_rad: (A,) where the joints are, on the robot's own turns.
+            last_command_rad: (A,) what was commanded one frame ago.
         """
         if self.action_kind == "delta":
             return last_command_rad + action
         low, high = self.joint_limits_rad
-        target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self.wrapped
+        target, turn = self.beside(action.astype(np.float64), here_rad), 2 * np.pi * self.action_wrapped
         return np.where(target > high, target - turn, np.where(target < low, target + turn, target))
 
     @cached_property  # it is asked for in every control step
     def joint_limits_rad(self) -> tuple[np.ndarray, np.ndarray]:
-        """(lowest, highest), each (J,): the UR10e's own joint limits, and none for a joint that is not the arm's.
+        """(lowest, highest), each (A,): the UR10e's own joint limits, and none for what is not the arm's.
 
         They are the same in both signs.
         """
         limits = dict(zip(JOINT_NAMES, POSITION_LIMIT_RAD, strict=True))
-        names = self.joint_names or ("",) * len(self.joint_sign)
+        names = self.action_names or ("",) * len(self.acted)
         of = [[limit for joint, limit in limits.items() if name.endswith(joint)] for name in names]
         high = np.array([found[0] if found else np.inf for found in of])
         return -high, high
@@ -214,14 +267,14 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         PolicyError: a flag contradicts the checkpoint, or one is needed and was not given.
     """
     shapes, state_dim = policy.image_shapes, policy.act_config.state_dim
-    if policy.act_config.action_dim != state_dim:
-        raise PolicyError(
-            f"{policy.path / CONFIG_FILE}: {state_dim} joints in the state, {policy.act_config.action_dim} in the "
-            "action; expected the same joints in both, to which actions are positions or deltas"
-        )
     if has_contract(policy.path):
         assert policy.train_config is not None  # has_contract has read it
         return _from_trainer(policy, policy.train_config, said)
+    if policy.act_config.action_dim != state_dim:
+        raise PolicyError(
+            f"{policy.path / CONFIG_FILE}: {state_dim} joints in the state, {policy.act_config.action_dim} in the "
+            "action; expected the same joints in both, to which actions are positions or deltas: no contract says more"
+        )
 
     missing = [
         f"--action-mode ({' or '.join(ACTION_MODES)})" if name == "action_mode" else "--wrap or --no-wrap"
@@ -247,7 +300,10 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         raise PolicyError(f"--image-resize {resize[0]} {resize[1]}: {policy.path / CONFIG_FILE} says {wrong} (H, W)")
     return RobotContract(
         action_mode=said["action_mode"],
-        joint_names=tuple(names) if names else None,
+        state_names=tuple(names) if names else None,
+        state_topics={},
+        units=("rad",) * state_dim,
+        acted=tuple(range(state_dim)),
         joint_sign=(1.0,) * state_dim,
         wrap_angles=said["wrap_angles"],
         revolute=revolute,
@@ -269,13 +325,18 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
     where = policy.path / TRAIN_CONFIG_FILE
     try:
         config = content["config"]
+        joints = tuple(content["joint_names"])
+        names = tuple(content.get("state_names", joints))  # older checkpoints have joints alone, all acted on
         contract = RobotContract(
             action_mode=content["action_mode"],
-            joint_names=tuple(content["joint_names"]),
+            state_names=names,
+            state_topics=dict(content.get("state_topics", {})),
+            units=tuple(content.get("units", ["rad"] * len(names))),
+            acted=tuple(names.index(name) for name in content.get("action_names", names)),
             joint_sign=tuple(float(sign) for sign in content["joint_sign"]),
             wrap_angles=content["wrap_angles"],
             revolute=tuple(content["revolute"]),
-            angle_reference_rad=tuple(content.get("angle_reference_rad", [0.0] * len(content["joint_names"]))),
+            angle_reference_rad=tuple(content.get("angle_reference_rad", [0.0] * len(names))),
             fps=float(content["fps"]),
             rest_at_start_s=content.get("rest_at_start_s"),
             image_age_s=content.get("image_age_s", {}),
@@ -291,12 +352,17 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
         raise PolicyError(
             f"{where}: not the contract that train.py writes ({error!r}); use a complete checkpoint"
         ) from None
-    joints = policy.act_config.state_dim
-    for name in ("joint_names", "joint_sign", "revolute", "angle_reference_rad"):
-        if len(getattr(contract, name)) != joints:
-            raise PolicyError(
-                f"{where}: {len(getattr(contract, name))} {name}; {CONFIG_FILE} has {joints} joints in the state"
-            )
+    shape = policy.act_config
+    expected = dict.fromkeys(("state_names", "units", "joint_sign", "revolute", "angle_reference_rad"), shape.state_dim)
+    found = {name: len(getattr(contract, name)) for name in expected}
+    found |= {"joint_names": len(joints), "action_names": len(contract.acted)}
+    expected |= {"joint_names": shape.state_dim - len(contract.state_topics), "action_names": shape.action_dim}
+    for name, count in expected.items():
+        if found[name] != count:
+            what = "joints in the state" if name == "joint_names" else "states"
+            raise PolicyError(f"{where}: {found[name]} {name}; {CONFIG_FILE} has {count} {what}")
+    if names != (*joints, *contract.state_topics):
+        raise PolicyError(f"{where}: state_names are not joint_names and state_topics; use a complete checkpoint")
     if contract.action_mode not in ACTION_MODES:
         raise PolicyError(f"{where}: action_mode is {contract.action_mode!r}; expected {' or '.join(ACTION_MODES)}")
     if contract.image_resize and any(shape != contract.image_resize for shape in contract.cameras.values()):

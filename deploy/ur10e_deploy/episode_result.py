@@ -15,19 +15,19 @@ HORIZONS_S = (0.5, 1.0)  # how far ahead of the observation a chunk's positions 
 
 @dataclass
 class EpisodeResult:
-    """The policy on the N evaluated frames of an episode; J joints. Actions are in the contract's action_unit."""
+    """The policy on the N evaluated frames of an episode; S states, A of them acted on; in the contract's units."""
 
     index: int
     name: str
     frame: np.ndarray  # (N,) int64, position in the episode
     timestamp_s: np.ndarray  # (N,) float64, since the episode's start
-    state_rad: np.ndarray  # (N, J) float32, recorded
-    predicted: np.ndarray  # (N, J) float32, the policy's actions
-    recorded: np.ndarray  # (N, J) float32, the recorded actions
+    state_rad: np.ndarray  # (N, S) float32, recorded
+    predicted: np.ndarray  # (N, A) float32, the policy's actions
+    recorded: np.ndarray  # (N, A) float32, the recorded actions
     seconds: np.ndarray  # (N,) float64, what the control step took
     inferred: np.ndarray  # (N,) bool; False: the action came from the queue
     segment: np.ndarray  # (N,) int64
-    rollout_rad: np.ndarray | None  # (N, J) float64: where the policy's own actions have led by this frame
+    rollout_rad: np.ndarray | None  # (N, A) float64: where the policy's own actions have led by this frame
     without_action: int  # frames in the range that have no recorded action, and were left out
     thumbnails: list[tuple[float, dict[str, np.ndarray]]]  # (seconds, camera -> image)
 
@@ -37,14 +37,14 @@ class ChunkErrors:
 
     Args:
         chunk_size: actions of a chunk.
-        joints: their number, J.
+        joints: the number of states that are acted on, A.
         fps: frames per second.
         deltas: the actions are deltas, which add up to positions; else they are positions.
 
     Attributes:
-        total: (chunk, J) float64, the sum of |predicted - recorded| by position in the chunk.
+        total: (chunk, A) float64, the sum of |predicted - recorded| by position in the chunk.
         count: (chunk,) int64, of how many chunks.
-        ahead: {seconds: list of (predicted, recorded) positions (J,) float64, rad}, from the observation on; only for
+        ahead: {seconds: list of (predicted, recorded) positions (A,) float64, rad}, from the observation on; only for
             horizons that a chunk reaches.
     """
 
@@ -55,7 +55,7 @@ class ChunkErrors:
         self.ahead: dict[float, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in self._frames}
 
     def add(self, chunk: np.ndarray, recorded: np.ndarray, state_rad: np.ndarray) -> None:
-        """Add an inferred chunk (chunk, J), the actions (n, J), n <= chunk, that were recorded, and the state (J,)."""
+        """Add an inferred chunk (chunk, A), the actions (n, A), n <= chunk, recorded, and the state (A,) acted on."""
         n = len(recorded)
         self.total[:n] += np.abs(chunk[:n].astype(np.float64) - recorded)
         self.count[:n] += 1

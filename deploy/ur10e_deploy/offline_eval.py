@@ -56,13 +56,19 @@ class Rollout:
         self._runner = runner.fork()  # with a queue and a latency of its own
 
     def start(self, state_rad: np.ndarray) -> None:
-        """Begin anew at the recorded joint state (J,), with an empty action queue."""
+        """Begin anew at the recorded state (S,), with an empty action queue."""
         self._runner.reset()
-        self.position_rad = state_rad.astype(np.float64)  # (J,), never wrapped: a path without jumps
+        # (A,), never wrapped: a path without jumps
+        self.position_rad = self._runner.contract.acted_on(state_rad.astype(np.float64))
 
-    def step(self, images: Mapping[str, np.ndarray]) -> None:
-        """Ask the policy at position_rad with this frame's recorded images, and move position_rad by its answer."""
-        self.position_rad = self._runner.command(self.position_rad, images)
+    def step(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> None:
+        """Ask the policy at position_rad, and move position_rad by its answer.
+
+        The images are this frame's recorded ones, and so are those states (S,) that are only observed.
+        """
+        state = state_rad.astype(np.float64)
+        state[list(self._runner.contract.acted)] = self.position_rad
+        self.position_rad = self._runner.command(state, images)
 
 
 def evaluate_episode(
@@ -103,16 +109,15 @@ def evaluate_episode(
         if step.chunk is not None:
             recorded = data.action[t : min(run_stop[t], t + len(step.chunk))]
             recorded = contract.beside(recorded, step.chunk[: len(recorded)])
-            chunk_errors.add(step.chunk, recorded, data.state_rad[t])
+            chunk_errors.add(step.chunk, recorded, contract.acted_on(data.state_rad[t]))
         kept.append(t)
         predicted.append(step.action)
         seconds.append(step.seconds)
         inferred.append(step.chunk is not None)
         if rollout is not None:
             path.append(rollout.position_rad)
-            rollout.step(images)
-    joints = data.state_rad.shape[1]
-    actions = np.array(predicted, np.float32).reshape(-1, joints)
+            rollout.step(data.state_rad[t], images)
+    actions = np.array(predicted, np.float32).reshape(-1, len(contract.acted))
     return EpisodeResult(
         index=data.index,
         name=data.name,
@@ -124,7 +129,7 @@ def evaluate_episode(
         seconds=np.array(seconds),
         inferred=np.array(inferred, bool),
         segment=data.segment[kept],
-        rollout_rad=np.array(path).reshape(-1, joints) if rollout is not None else None,
+        rollout_rad=np.array(path).reshape(actions.shape) if rollout is not None else None,
         without_action=len(frames) - len(kept),
         thumbnails=thumbnails,
     )
@@ -195,7 +200,7 @@ def evaluate(args: argparse.Namespace) -> int:
         notes.append(f"replaced the evaluation that was in {args.output}")
     for note in notes:
         print(f"note: {note}", flush=True)
-    joints = contract.joint_labels
+    joints = contract.action_labels
     chunk_errors = ChunkErrors(runner.chunk_size, len(joints), source.fps, contract.action_kind == "delta")
     rollout = Rollout(runner) if args.rollout else None
     results, tables = [], []
@@ -205,7 +210,7 @@ def evaluate(args: argparse.Namespace) -> int:
             bar.set_description(data.name)
             result = evaluate_episode(runner, source, data, frames, chunk_errors, rollout, bar)
             results.append(result)
-            tables.append(table(result, contract, joints))
+            tables.append(table(result, contract))
             with output.writing(f"episode_{data.index:03d}.parquet") as path:
                 pq.write_table(tables[-1], path)
             with output.writing(f"episode_{data.index:03d}.png") as path:

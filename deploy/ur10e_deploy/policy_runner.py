@@ -2,7 +2,7 @@
 
     runner = PolicyRunner("outputs/train-rosbag-act")             # the output directory's `last`, or any checkpoint
     runner.reset()                                                # at the start of every episode
-    target_rad = runner.command(state_rad, {"color": image})      # (J,) joint positions to command, rad
+    target_rad = runner.command(state_rad, {"color": image})      # (A,) joint positions to command, rad
     print(runner.latency())
 
 Two backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed, and ours, which needs
@@ -56,7 +56,7 @@ class CannotLoad(PolicyError):
     """The installed LeRobot, or its absence, and this checkpoint do not go together; the other backend may do."""
 
 
-# -- backends: raw observations (a batch of B) -> (B, chunk, J) actions in the robot's units ----------------------
+# -- backends: raw observations (a batch of B) -> (B, chunk, A) actions in the robot's units ----------------------
 
 
 class NativeBackend:
@@ -68,7 +68,7 @@ class NativeBackend:
         self._policy = policy
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Actions (B, chunk, J) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
+        """Actions (B, chunk, A) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
         return self._policy.predict_chunk(observation)
 
 
@@ -133,7 +133,7 @@ class LeRobotBackend:
         self._check_against(policy, device)
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Actions (B, chunk, J) for a raw observation, through LeRobot's own normalisation."""
+        """Actions (B, chunk, A) for a raw observation, through LeRobot's own normalisation."""
         with full_float32():
             return self._after(self._policy.predict_action_chunk(self._before(dict(observation))))
 
@@ -202,9 +202,9 @@ class ControlStep:
     """What one control step gave and how long it took.
 
     Attributes:
-        action: (J,) float32.
-        chunk: (chunk, J) float32, all that was predicted; None when the action came from the queue.
-        command_rad: (J,) float64, the joint positions to command: see RobotContract.joint_command.
+        action: (A,) float32.
+        chunk: (chunk, A) float32, all that was predicted; None when the action came from the queue.
+        command_rad: (A,) float64, the joint positions to command: see RobotContract.joint_command.
         seconds: from joint state and camera images to action.
     """
 
@@ -303,11 +303,12 @@ class PolicyRunner:
         """The action for now.
 
         Args:
-            state_rad: (J,) joint positions in the policy's order and sign, rad; wrapped here if the policy needs it.
+            state_rad: (S,) states in the policy's order and sign, joints in rad: RobotContract.state_from_robot() gives
+                them; wrapped here if the policy needs it.
             images: camera -> (H, W, 3) uint8 RGB, of every camera of the policy; resized here as in training.
 
         Returns:
-            (J,) float32, rad per frame or rad, as contract.action_kind says.
+            (A,) float32, in contract.action_units, as contract.action_kind says.
 
         Raises:
             PolicyError: the observation does not fit, or the policy's answer is not finite.
@@ -325,7 +326,7 @@ class PolicyRunner:
         return ControlStep(action, chunk, command_rad, seconds)
 
     def command(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
-        """predict(), as joint positions to command: (J,) float64, rad, on the turns of `state_rad`.
+        """predict(), as positions to command: (A,) float64, joints in rad, on the turns of `state_rad`.
 
         See RobotContract.joint_command.
         """
@@ -337,7 +338,7 @@ class PolicyRunner:
         return not (self.mode == "chunk" and self._queue)
 
     def predict_chunk(self, state_rad: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
-        """(chunk, J) float32: all that the policy predicts from here; leaves queue, ensemble and latency alone."""
+        """(chunk, A) float32: all that the policy predicts from here; leaves queue, ensemble and latency alone."""
         state = self._checked_state(state_rad)
         self._check_images(images)
         return self._as_actions(self._infer(state, images), state_rad)
@@ -367,7 +368,7 @@ class PolicyRunner:
         """
         if self.contract.action_mode != "relative":
             return chunk
-        return (np.asarray(state_rad, np.float64) + chunk).astype(np.float32)
+        return (self.contract.acted_on(np.asarray(state_rad, np.float64)) + chunk).astype(np.float32)
 
     def _advance(self, state_rad: np.ndarray, chunk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The action for now, from a new chunk or else from the queue, and the joint positions to command for it."""
@@ -379,7 +380,7 @@ class PolicyRunner:
             action = chunk[0]
             if self.mode == "chunk":
                 self._queue.extend(chunk[1 : self.n_action_steps])
-        here_rad = np.asarray(state_rad, np.float64)
+        here_rad = self.contract.acted_on(np.asarray(state_rad, np.float64))
         last_rad = here_rad if self._command_rad is None else self._command_rad
         self._command_rad = self.contract.joint_command(action, here_rad, last_rad)
         return action.copy(), self._command_rad.copy()
@@ -407,7 +408,7 @@ class PolicyRunner:
                 f"the state has shape {state.shape} and type {state.dtype}; expected {expected} joint positions in rad"
             )
         if not np.isfinite(state).all():
-            named = self.contract.joint_names or [f"joint {i}" for i in range(len(state))]
+            named = self.contract.state_names or [f"joint {i}" for i in range(len(state))]
             bad = ", ".join(f"{n} {v}" for n, v in zip(named, state, strict=True) if not np.isfinite(v))
             raise PolicyError(f"the state is not finite: {bad}; the policy was not asked")
         return self.contract.wrap(state.astype(np.float64)).astype(np.float32)
@@ -431,7 +432,7 @@ class PolicyRunner:
 
     @torch.inference_mode()
     def _infer_batch(self, observed: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> np.ndarray:
-        """(B, chunk, J) float32 for B checked states (J,) and images."""
+        """(B, chunk, A) float32 for B checked states (S,) and images."""
         observation = {STATE: torch.from_numpy(np.stack([state for state, _ in observed])).to(self.device)}
         for camera in self.contract.cameras:
             resized = [resize_image(images[camera], self.contract.image_resize) for _, images in observed]
@@ -455,7 +456,7 @@ def step_together(
 
     Args:
         runners: N forks of one runner; each keeps its own queue, ensemble and last command.
-        states_rad: N states (J,), rad.
+        states_rad: N states (S,), joints in rad.
         images: N mappings as of PolicyRunner.predict; those of runners that do not need images may be empty.
 
     Raises:

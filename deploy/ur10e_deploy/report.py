@@ -90,26 +90,35 @@ def _save(figure: Figure, path: Path) -> None:
 
 def draw_episode(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
     """Predicted against recorded actions per joint, the error below, and what the cameras saw along the time axis."""
-    scale, unit = (1e3, "mrad per frame") if contract.action_kind == "delta" else (1.0, "rad")
-    mae = np.abs(result.predicted - result.recorded).mean()
+    readable = [_readable(unit) for unit in contract.action_units]
+    scale, units = np.array([factor for factor, _ in readable]), [unit for _, unit in readable]
+    first = int(contract.in_rad.argmax())
+    mae = np.abs(result.predicted - result.recorded)[:, contract.in_rad].mean()
     title = f"{result.name}: predicted against recorded {contract.action_kind} actions, mean absolute error "
-    title += f"{mae * scale:.3g} {unit}"
+    title += f"{mae * scale[first]:.3g} {units[first]}"
+    ylabels = [f"action, {unit}".removesuffix(", ") for unit in units]
     _draw_joints(
-        path, result, joints, title, f"action, {unit}", result.predicted * scale, result.recorded * scale, "predicted",
+        path, result, joints, title, ylabels, result.predicted * scale, result.recorded * scale, "predicted",
         np.abs(result.predicted - result.recorded) * scale, "|error|",
     )  # fmt: skip
+
+
+def _readable(unit: str) -> tuple[float, str]:
+    """(factor, unit) for pictures: deltas of joints are a few thousandths of a rad."""
+    return (1e3, "mrad per frame") if unit == "rad per frame" else (1.0, unit)
 
 
 def draw_rollout(path: Path, result: EpisodeResult, contract: RobotContract, joints: Sequence[str]) -> None:
     """Where the policy's own actions lead, against the recorded joint path, and the drift below."""
     assert result.rollout_rad is not None  # drawn only after a rollout
-    drift = contract.difference(result.rollout_rad, result.state_rad)
+    drift = contract.difference(result.rollout_rad, contract.acted_on(result.state_rad))
     title = f"{result.name}: rollout (images stay the recorded ones) against the recorded joint path, largest drift "
-    title += f"{np.abs(drift).max():.3g} rad"
+    title += f"{np.abs(drift[:, contract.in_rad]).max():.3g} rad"
+    ylabels = [f"position, {contract.units[i]}".removesuffix(", ") for i in contract.acted]
     # Beside the rollout, on its turn, so that wrapping draws no jump.
     recorded = result.rollout_rad - drift
     _draw_joints(
-        path, result, joints, title, "position, rad", result.rollout_rad, recorded, "rollout", np.abs(drift), "|drift|"
+        path, result, joints, title, ylabels, result.rollout_rad, recorded, "rollout", np.abs(drift), "|drift|"
     )
 
 
@@ -118,7 +127,7 @@ def _draw_joints(
     result: EpisodeResult,
     joints: Sequence[str],
     title: str,
-    ylabel: str,
+    ylabels: Sequence[str],
     ours: np.ndarray,
     recorded: np.ndarray,
     our_name: str,
@@ -162,8 +171,8 @@ def _draw_joints(
         upper.tick_params(labelbottom=False)
         upper.grid(alpha=0.25)
         lower.grid(alpha=0.25)
-        if j % COLUMNS == 0:
-            upper.set_ylabel(ylabel)
+        if j % COLUMNS == 0 or ylabels[j] != ylabels[j - 1]:
+            upper.set_ylabel(ylabels[j])
             lower.set_ylabel(error_name)
         if j + COLUMNS >= len(joints):
             lower.set_xlabel("s")
@@ -204,14 +213,14 @@ def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[
     """
     if not can_draw():
         return
-    scale, unit = (1e3, "mrad per frame") if summary["unit"] == "rad per frame" else (1.0, "rad")
+    scale, unit = _readable(summary["unit"])
     rollout = summary["rollout"]
     figure = _new_figure(13, 11.5 if rollout else 8)
     verdict = verdict_text(summary).replace("; ", "\n")  # one claim a line: together they are wider than the picture
     figure.suptitle(f"{summary['policy']['name']}\n{verdict}", fontsize=13)
     grid = figure.add_gridspec(3 if rollout else 2, 2)
 
-    joints = list(summary["error"]["policy"]["per_joint"])
+    joints = [name for name, its in summary["units"].items() if its == summary["unit"]]  # on one axis
     axes = figure.add_subplot(grid[0, 0])
     per_joint = {p: [scale * of["per_joint"][j]["mae"] for j in joints] for p, of in summary["error"].items()}
     _bars(axes, joints, per_joint)
@@ -255,7 +264,7 @@ def draw_overview(path: Path, summary: Mapping[str, Any], inference_s: Sequence[
         axes = figure.add_subplot(grid[2, :])
         rows = rollout["over_time"]
         seconds = [row["middle_s"] for row in rows]
-        for name, colour in zip(joints, _cycle(len(joints)), strict=True):
+        for name, colour in zip(rollout["per_joint"], _cycle(len(rollout["per_joint"])), strict=True):
             axes.plot(
                 seconds, [row["per_joint_rad"][name] for row in rows], "o-", markersize=4, color=colour, label=name
             )
@@ -277,7 +286,7 @@ def draw_comparison(path: Path, groups: Sequence[Sequence[tuple[str, Mapping[str
     budget = 1e3 / CONTROL_HZ
     for i, group in enumerate(groups):
         first = group[0][1]
-        scale, unit = (1e3, "mrad per frame") if first["unit"] == "rad per frame" else (1.0, "rad")
+        scale, unit = _readable(first["unit"])
         y, names = np.arange(len(group)), [label for label, _ in group]
         axes = figure.add_subplot(grid[i, 0])
         mae = [s["error"]["policy"]["mae"] * scale for _, s in group]
@@ -407,7 +416,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _error_table(summary: Mapping[str, Any]) -> str:
     error = summary["error"]
     rows = [("all", error)]
-    rows += [(joint, {n: of["per_joint"][joint] for n, of in error.items()}) for joint in error["policy"]["per_joint"]]
+    for name, unit in summary["units"].items():
+        title = name if unit == summary["unit"] else f"{name}, {unit or 'no unit said'} (not in all)"
+        rows.append((title, {n: of["per_joint"][name] for n, of in error.items()}))
     texts = []
     for name, of in rows:
         policy, baselines = of["policy"], [of[n]["mae"] for n in ("no motion", "mean action")]
@@ -427,6 +438,8 @@ def _error_table(summary: Mapping[str, Any]) -> str:
 def _rollout_table(rollout: Mapping[str, Any]) -> str:
     rows = [["mean of all", f"{rollout['final_mean_rad']:.4f}", f"{rollout['max_rad']:.4f}"]]
     rows += [[j, f"{of['final_mean_rad']:.4f}", f"{of['max_rad']:.4f}"] for j, of in rollout["per_joint"].items()]
+    for name, of in rollout["per_other_state"].items():
+        rows.append([f"{name}, {of['unit'] or 'no unit said'}", f"{of['final_mean']:.4f}", f"{of['max']:.4f}"])
     return f"<p>{escape(rollout['explained'])}.</p>" + _table(["joint", "at the end, mean, rad", "largest, rad"], rows)
 
 

@@ -35,39 +35,53 @@ RESULT_FILE = re.compile(
 )
 
 
-def errors(predicted: np.ndarray, recorded: np.ndarray, joints: Sequence[str]) -> dict[str, Any]:
-    """Mean absolute, root mean square and largest error of (N, J) actions, overall and per joint."""
+def errors(predicted: np.ndarray, recorded: np.ndarray, names: Sequence[str], overall: np.ndarray) -> dict[str, Any]:
+    """Mean absolute, root mean square and largest error of (N, A) actions: of all `overall` (A,) bool, and of each."""
     error = np.abs(predicted.astype(np.float64) - recorded)
 
     def of(values: np.ndarray) -> dict[str, float]:
         return {"mae": float(values.mean()), "rmse": float(np.sqrt((values**2).mean())), "max": float(values.max())}
 
-    return of(error) | {"per_joint": {name: of(error[:, j]) for j, name in enumerate(joints)}}
+    return of(error[:, overall]) | {"per_joint": {name: of(error[:, j]) for j, name in enumerate(names)}}
 
 
-def drift_over_time(results: Sequence[EpisodeResult], contract: RobotContract, joints: Sequence[str]) -> dict[str, Any]:
-    """How far the rollouts are from the recorded joint path: at the last frame of every piece, and by time."""
+def drift_over_time(results: Sequence[EpisodeResult], contract: RobotContract) -> dict[str, Any]:
+    """How far the rollouts are from the recorded joint path: at the last frame of every piece, and by time.
+
+    What is in other units than rad stands apart, under "per_other_state".
+    """
+    in_rad = contract.in_rad
+    joints = [label for label, of_joint in zip(contract.action_labels, in_rad, strict=True) if of_joint]
     seconds, drift, last = [], [], []
     for result in results:
         assert result.rollout_rad is not None  # asked for only after a rollout
-        distance = np.abs(contract.difference(result.rollout_rad, result.state_rad))
+        distance = np.abs(contract.difference(result.rollout_rad, contract.acted_on(result.state_rad)))
         cuts = np.flatnonzero((np.diff(result.frame) != 1) | (np.diff(result.segment) != 0)) + 1
         for piece in np.split(np.arange(len(result.frame)), cuts):
             seconds.append(result.timestamp_s[piece] - result.timestamp_s[piece[0]])
             drift.append(distance[piece])
             last.append(distance[piece[-1]])
-    every = np.concatenate(drift)
+    every, final = np.concatenate(drift), np.stack(last)
+    others = {
+        contract.action_labels[j]: {
+            "unit": contract.units[contract.acted[j]], "final_mean": float(final[:, j].mean()),
+            "max": float(every[:, j].max()),
+        }
+        for j in np.flatnonzero(~in_rad)
+    }  # fmt: skip
+    every, final = every[:, in_rad], final[:, in_rad]
     interval = np.floor(np.concatenate(seconds) / DRIFT_INTERVAL_S).astype(int)
     return {
         "explained": "|rollout - recorded joint position|, rad, when the policy's own actions are followed from the "
         "first frame of each uninterrupted piece; the images stay the recorded ones",
         "pieces": len(last),
-        "final_mean_rad": float(np.mean(last)),
+        "final_mean_rad": float(final.mean()),
         "max_rad": float(every.max()),
         "per_joint": {
-            name: {"final_mean_rad": float(np.mean([row[j] for row in last])), "max_rad": float(every[:, j].max())}
+            name: {"final_mean_rad": float(final[:, j].mean()), "max_rad": float(every[:, j].max())}
             for j, name in enumerate(joints)
         },
+        "per_other_state": others,
         "over_time": [
             {
                 "middle_s": (int(i) + 0.5) * DRIFT_INTERVAL_S,
@@ -84,15 +98,15 @@ def positions_ahead(chunk_errors: ChunkErrors, contract: RobotContract) -> list[
 
     The tool is the flange (UR's tool0), by forward kinematics in the robot's own signs; None for another robot.
     """
-    of_arm = [[n.endswith(joint) for n in contract.joint_names or ()] for joint in JOINT_NAMES]
+    of_arm = [[n.endswith(joint) for n in contract.action_names or ()] for joint in JOINT_NAMES]
     rows = []
     for seconds, pairs in chunk_errors.ahead.items():
         if not pairs:
             continue
         predicted, recorded = np.array(pairs).transpose(1, 0, 2)
-        joints_rad, tool_m = np.abs(predicted - recorded).mean(axis=1), None
+        joints_rad, tool_m = np.abs(predicted - recorded)[:, contract.in_rad].mean(axis=1), None
         if all(sum(which) == 1 for which in of_arm):
-            order, sign = [which.index(True) for which in of_arm], np.array(contract.joint_sign)
+            order, sign = [which.index(True) for which in of_arm], contract.acted_on(np.array(contract.joint_sign))
             places = [link_frames((q * sign)[:, order])[:, 6, :3, 3] for q in (predicted, recorded)]
             tool_m = np.linalg.norm(places[0] - places[1], axis=1)
         row: dict[str, Any] = {"seconds": seconds, "chunks": len(pairs)}
@@ -106,7 +120,7 @@ def positions_ahead(chunk_errors: ChunkErrors, contract: RobotContract) -> list[
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) -> pa.Table:
+def table(result: EpisodeResult, contract: RobotContract) -> pa.Table:
     """One row per evaluated frame. Every field says its unit and what it is in its metadata."""
     columns: list[tuple[str, Any, pa.DataType, str, str]] = [
         ("episode_index", np.full(len(result.frame), result.index), pa.int64(), "", "episode in the dataset"),
@@ -114,22 +128,23 @@ def table(result: EpisodeResult, contract: RobotContract, names: Sequence[str]) 
         ("frame_index", result.frame, pa.int64(), "", "frame in the episode"),
         ("timestamp", result.timestamp_s, pa.float64(), "s", "since the episode's start"),
     ]
-    unit, error = contract.action_unit, np.abs(result.predicted - result.recorded)
+    action_units, error = contract.action_units, np.abs(result.predicted - result.recorded)
+    every, acted = range(len(contract.units)), contract.acted
     groups = [
-        ("joint_position", result.state_rad, "rad", "recorded position"),
-        ("predicted_action", result.predicted, unit, f"predicted {contract.action_kind} action"),
-        ("gt_action", result.recorded, unit, f"recorded {contract.action_kind} action"),
-        ("abs_error", error, unit, "|predicted - recorded|"),
+        ("joint_position", result.state_rad, every, contract.units, "recorded position"),
+        ("predicted_action", result.predicted, acted, action_units, f"predicted {contract.action_kind} action"),
+        ("gt_action", result.recorded, acted, action_units, f"recorded {contract.action_kind} action"),
+        ("abs_error", error, acted, action_units, "|predicted - recorded|"),
     ]
     if result.rollout_rad is not None:
-        groups.append(
-            ("rollout_position", result.rollout_rad, "rad", "where the policy's own actions led, not wrapped")
-        )
-    full_names = contract.joint_names or names
-    for prefix, values, group_unit, what in groups:
-        for j, name in enumerate(names):
-            kind = pa.float64() if prefix == "rollout_position" else pa.float32()
-            columns.append((f"{prefix}_{name}", values[:, j], kind, group_unit, f"{what} of {full_names[j]}"))
+        positions = [contract.units[i] for i in acted]
+        what = "where the policy's own actions led, not wrapped"
+        groups.append(("rollout_position", result.rollout_rad, acted, positions, what))
+    labels, full_names = contract.state_labels, contract.state_names or contract.state_labels
+    for prefix, values, states, units, what in groups:
+        kind = pa.float64() if prefix == "rollout_position" else pa.float32()
+        for column, (i, unit) in enumerate(zip(states, units, strict=True)):
+            columns.append((f"{prefix}_{labels[i]}", values[:, column], kind, unit, f"{what} of {full_names[i]}"))
     cached = ~result.inferred
     columns += [
         (
@@ -229,7 +244,7 @@ def summarise(
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """What summary.json holds."""
-    contract, names = runner.contract, runner.contract.joint_labels
+    contract, names, in_rad = runner.contract, runner.contract.action_labels, runner.contract.in_rad
     mean_action = runner.policy.stats[ACTION]["mean"]
 
     def compared(of: Sequence[EpisodeResult]) -> dict[str, Any]:
@@ -237,11 +252,14 @@ def summarise(
         policies = {
             "policy": np.concatenate([r.predicted for r in of]),
             "no motion": np.concatenate(
-                [no_motion(r.state_rad, r.recorded, contract.wrapped, contract.action_kind) for r in of]
+                [
+                    no_motion(contract.acted_on(r.state_rad), r.recorded, contract.action_wrapped, contract.action_kind)
+                    for r in of
+                ]
             ),
             "mean action": np.broadcast_to(mean_action, recorded.shape),
         }
-        return {name: errors(action, recorded, names) for name, action in policies.items()}
+        return {name: errors(action, recorded, names, in_rad) for name, action in policies.items()}
 
     error, latency = compared(results), runner.latency()
     value = {"--max-mae": error["policy"]["mae"], "--max-p99-ms": latency["inference"]["p99_ms"]}
@@ -262,15 +280,16 @@ def summarise(
             ],
         },
         "unit": contract.action_unit,
+        "units": dict(zip(names, contract.action_units, strict=True)),
         "error": error,
         "error_by_chunk_position": {
             "explained": "mean |predicted - recorded| of the i-th action of a chunk, over the inferred chunks",
-            "mae": by_position.mean(axis=1).tolist(),
+            "mae": by_position[:, in_rad].mean(axis=1).tolist(),
             "per_joint": {name: by_position[:, j].tolist() for j, name in enumerate(names)},
             "count": chunk_errors.count[seen].tolist(),
         },
         "position_ahead": positions_ahead(chunk_errors, contract),
-        "rollout": drift_over_time(results, contract, names) if args.rollout else None,
+        "rollout": drift_over_time(results, contract) if args.rollout else None,
         "latency": latency,
         "episodes": [
             {
@@ -280,8 +299,8 @@ def summarise(
                 "frames_without_action": r.without_action,
                 "trained_on": r.name in contract.training_episodes if contract.data_settings and args.bags else None,
                 "mae": {name: of["mae"] for name, of in compared([r]).items()},
-                "rmse": errors(r.predicted, r.recorded, names)["rmse"],
-                "max": errors(r.predicted, r.recorded, names)["max"],
+                "rmse": errors(r.predicted, r.recorded, names, in_rad)["rmse"],
+                "max": errors(r.predicted, r.recorded, names, in_rad)["max"],
             }
             for r in results
         ],
@@ -300,7 +319,9 @@ def summarise(
         "contract": {
             "source": contract.source,
             "action_mode": contract.action_mode,
-            "joint_names": list(contract.joint_names) if contract.joint_names else None,
+            "state_names": list(contract.state_names) if contract.state_names else None,
+            "action_names": contract.action_names,
+            "state_topics": contract.state_topics or None,
             "joint_sign": list(contract.joint_sign),
             "wrap_angles": contract.wrap_angles,
             "fps": contract.fps or source.fps,
@@ -325,7 +346,8 @@ def screen(summary: Mapping[str, Any], folder: Path, picture: str) -> str:
     inference, pops, unit = latency["inference"], latency["cached_pop"], summary["unit"]
     backend = f"{policy['backend']} {policy['backend_version'] or ''}".strip()
     executes = f", executes {policy['n_action_steps']}" if policy["mode"] == "chunk" else ""
-    worst = max(error["policy"]["per_joint"].items(), key=lambda item: item[1]["mae"])
+    per_name = error["policy"]["per_joint"]
+    worst = max(((n, per_name[n]) for n, of in summary["units"].items() if of == unit), key=lambda item: item[1]["mae"])
     names = [episode["name"] for episode in summary["episodes"]]
     episodes = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     what = f"{policy['name']}, {policy['parameters'] / 1e6:.1f} M parameters, {backend} on {policy['device']}"
@@ -335,6 +357,10 @@ def screen(summary: Mapping[str, Any], folder: Path, picture: str) -> str:
         ("error", f"mean absolute, {unit}: " + ", ".join(f"{name} {of['mae']:.3g}" for name, of in error.items())),
         ("worst joint", f"{worst[0]}: mean {worst[1]['mae']:.3g}, largest {worst[1]['max']:.3g}"),
     ]
+    for name, other in summary["units"].items():
+        if other != unit:
+            of_each = ", ".join(f"{policy} {of['per_joint'][name]['mae']:.3g}" for policy, of in error.items())
+            lines.append((name, f"mean absolute, {other or 'no unit said'}: {of_each}"))
     if summary["rollout"]:
         final, largest = summary["rollout"]["final_mean_rad"], summary["rollout"]["max_rad"]
         lines.append(("rollout", f"drift at the end {final:.3g} rad on average, largest {largest:.3g}"))

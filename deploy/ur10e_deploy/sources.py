@@ -54,7 +54,7 @@ class Frame:
     Attributes:
         index: position within the episode, from 0.
         timestamp_s: seconds since the episode's start.
-        state_rad: (J,) float32.
+        state_rad: (S,) float32, joints in rad.
         images: camera -> (H, W, 3) uint8 RGB, the caller's to keep (never a view of a buffer that is used again).
     """
 
@@ -72,7 +72,7 @@ class EpisodeData:
         index: the episode's number in its source.
         name: the bag's name, or "episode_000003".
         timestamp_s: (n,) float64, seconds since the episode's start.
-        state_rad: (n, J) float32, all finite.
+        state_rad: (n, S) float32, all finite, joints in rad.
         action: (n, A) float32, rad (absolute) or rad per frame (delta); a row is NaN where none was recorded
             (the last frame of a bag's segment).
         segment: (n,) int64, which uninterrupted piece a frame belongs to; no chunk, no delta and no rollout crosses
@@ -92,7 +92,7 @@ class EpisodeSource(Protocol):
 
     Attributes:
         fps: frames per second.
-        joint_names: names of the state's J joints in order, or None when the source does not say.
+        joint_names: names of the state's S joints and other states in order, or None when the source does not say.
         cameras: camera -> (height, width) of its images as delivered.
         action_mode: "delta" or "absolute" when the source knows it (bags: their settings), else None.
         resized: the images already have the policy's size (bags are resized as in training).
@@ -185,7 +185,7 @@ class BagSource:
         self._progress = progress and sys.stderr.isatty()
         self._loaded: dict[int, Episode] = {}
         self.fps = self._settings.fps
-        self.joint_names: list[str] | None = list(self._settings.joint_names)
+        self.joint_names: list[str] | None = list(self._settings.state_names)
         self.action_mode: str | None = self._settings.action_mode
         self.resized = True  # or the camera's own size, which the policy was then trained on
         self.notes: list[str] = []
