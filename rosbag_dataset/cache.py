@@ -7,8 +7,8 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     joint_time_ns.npy    int64 ns
     joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
     state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
-    meta.json            sizes of the images, a hash of each camera's first, which further states are held, how many
-                         joint messages were of no use if any; written last
+    meta.json            sizes of the images, a hash of each camera's first, which further states are held; how many
+                         joint messages and packets of video were of no use, if any; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
@@ -207,6 +207,8 @@ def _write_entry(
             files[camera].write(np.ascontiguousarray(image).data.cast("B"))
 
         recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
+        for file in files.values():  # a video may have fewer pictures than messages, for which there is room
+            file.truncate()
     save(building / "joint_time_ns.npy", recording.joint_time_ns)
     save(building / "joint_rad.npy", recording.joint_rad)
     for camera, times in recording.camera_time_ns.items():
@@ -222,6 +224,8 @@ def _write_entry(
         meta["ignored_joint_messages"] = recording.ignored_joint_messages
     if recording.states:
         meta["held_states"] = {name: samples.held for name, samples in recording.states.items()}
+    if recording.dropped_packets:
+        meta["dropped_packets"] = recording.dropped_packets
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -278,6 +282,7 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
                 )
                 for name, held in meta.get("held_states", {}).items()
             },
+            dropped_packets={camera: tuple(counts) for camera, counts in meta.get("dropped_packets", {}).items()},
         )
         for camera, (height, width) in recording.image_shape.items():
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3

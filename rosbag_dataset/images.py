@@ -1,7 +1,8 @@
 """An Image or CompressedImage message to 8-bit RGB pixels of the wanted size.
 
 Knows: encodings, byte orders, row padding, depth as grey, resizing, and how large a picture may be.
-Must not know: where a message comes from, when it was taken, and where the pixels go.
+Must not know: where a message comes from, when it was taken, where the pixels go, and video, whose pictures need those
+before them (video.py).
 """
 
 from __future__ import annotations
@@ -23,25 +24,51 @@ DEPTH_M_PER_LEVEL = 0.01
 # The largest compressed picture that is decoded: 8K (7680x4320) just fits. Some hundred kilobytes of PNG may say 30,000
 # x 30,000 pixels, which would be gigabytes in memory.
 MAX_PIXELS = 1 << 25
+# What stands before the PNG of compressed depth: its kind, then the two parameters of the quantisation
+# (compressed_depth_image_transport's ConfigHeader).
+DEPTH_HEADER = struct.Struct("<iff")
 RESIZE_INTERPOLATION = "cv2.INTER_AREA when shrinking, cv2.INTER_LINEAR when enlarging"
 
-# encoding -> (dtype, channels, what turns it into 8-bit RGB)
+
+def _upper_byte(a: np.ndarray) -> np.ndarray:
+    return (a >> 8).astype(np.uint8)
+
+
+# encoding -> (dtype, channels, what turns it into 8-bit RGB). 8UC3 and 8UC4 say nothing of colours: OpenCV's order, as
+# RViz takes it. YUV is BT.601 with 16 to 235 for black to white, as cameras send it.
 RAW_ENCODINGS: dict[str, tuple[str, int, Callable[[np.ndarray], np.ndarray]]] = {
     "rgb8": ("u1", 3, lambda a: a),
     "bgr8": ("u1", 3, lambda a: cv2.cvtColor(a, cv2.COLOR_BGR2RGB)),
     "rgba8": ("u1", 4, lambda a: cv2.cvtColor(a, cv2.COLOR_RGBA2RGB)),
     "bgra8": ("u1", 4, lambda a: cv2.cvtColor(a, cv2.COLOR_BGRA2RGB)),
     "mono8": ("u1", 1, lambda a: cv2.cvtColor(a, cv2.COLOR_GRAY2RGB)),
-    "mono16": ("u2", 1, lambda a: cv2.cvtColor((a >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)),
+    "8UC1": ("u1", 1, lambda a: cv2.cvtColor(a, cv2.COLOR_GRAY2RGB)),
+    "8UC3": ("u1", 3, lambda a: cv2.cvtColor(a, cv2.COLOR_BGR2RGB)),
+    "8UC4": ("u1", 4, lambda a: cv2.cvtColor(a, cv2.COLOR_BGRA2RGB)),
+    "rgb16": ("u2", 3, _upper_byte),
+    "bgr16": ("u2", 3, lambda a: cv2.cvtColor(_upper_byte(a), cv2.COLOR_BGR2RGB)),
+    "mono16": ("u2", 1, lambda a: cv2.cvtColor(_upper_byte(a), cv2.COLOR_GRAY2RGB)),
     "16UC1": ("u2", 1, lambda a: depth_to_rgb(a * np.float32(1e-3))),
     "32FC1": ("f4", 1, lambda a: depth_to_rgb(a)),
+    "yuv422": ("u1", 2, lambda a: cv2.cvtColor(a, cv2.COLOR_YUV2RGB_UYVY)),
+    "yuv422_yuy2": ("u1", 2, lambda a: cv2.cvtColor(a, cv2.COLOR_YUV2RGB_YUY2)),
+    "nv12": ("u1", 1, lambda a: cv2.cvtColor(a, cv2.COLOR_YUV2RGB_NV12)),
+    "nv21": ("u1", 1, lambda a: cv2.cvtColor(a, cv2.COLOR_YUV2RGB_NV21)),
 }
+for _old, _new in (("yuv422", "uyvy"), ("yuv422_yuy2", "yuyv")):  # what newer drivers call them
+    RAW_ENCODINGS[_new] = RAW_ENCODINGS[_old]
 for _bayer in ("RGGB", "BGGR", "GBRG", "GRBG"):
     _code = getattr(cv2, f"COLOR_Bayer{_bayer}2RGB")
     RAW_ENCODINGS[f"bayer_{_bayer.lower()}8"] = ("u1", 1, lambda a, c=_code: cv2.cvtColor(a, c))
     RAW_ENCODINGS[f"bayer_{_bayer.lower()}16"] = (
-        "u2", 1, lambda a, c=_code: cv2.cvtColor((a >> 8).astype(np.uint8), c),
+        "u2", 1, lambda a, c=_code: cv2.cvtColor(_upper_byte(a), c),
     )  # fmt: skip
+# Encodings whose pixels share colours: height and width must be multiples of these. Of two planes the second, with the
+# colours, follows the first in half as many rows.
+SHARED_COLOURS = dict.fromkeys(("yuv422", "uyvy", "yuv422_yuy2", "yuyv"), (1, 2)) | dict.fromkeys(
+    ("nv12", "nv21"), (2, 2)
+)
+TWO_PLANES = ("nv12", "nv21")
 
 
 def read_image(
@@ -69,7 +96,10 @@ def read_image(
         image = _decompress(message, where)
         return resize_image(image, resize), image.shape[:2]
     if message.encoding not in RAW_ENCODINGS:
-        raise BagError(f"{where}: image encoding {message.encoding!r} is not one of {', '.join(RAW_ENCODINGS)}")
+        raise BagError(
+            f"{where}: image encoding {message.encoding!r} is not one of {', '.join(RAW_ENCODINGS)}; have the camera's "
+            "driver publish one of these, or record its compressed topic"
+        )
     code, channels, to_rgb = RAW_ENCODINGS[message.encoding]
     dtype = np.dtype(code).newbyteorder(">" if message.is_bigendian else "<")
     height, width, step, data = message.height, message.width, message.step, message.data
@@ -79,7 +109,14 @@ def read_image(
             f"{where}: {message.encoding} image of {height}x{width} (HxW) with a step of {step} bytes, "
             f"expected at least {row}"
         )
-    needed = step * (height - 1) + row  # the last row needs no padding
+    multiple = SHARED_COLOURS.get(message.encoding, (1, 1))
+    if height % multiple[0] or width % multiple[1]:
+        raise BagError(
+            f"{where}: {message.encoding} image of {height}x{width} (HxW), whose pixels share colours: expected "
+            f"multiples of {height_by_width(multiple)}"
+        )
+    rows = height * 3 // 2 if message.encoding in TWO_PLANES else height
+    needed = step * (rows - 1) + row  # the last row needs no padding
     if data.size < needed:
         raise BagError(
             f"{where}: image payload is {data.size} bytes, its header says {height}x{width} {message.encoding} "
@@ -88,7 +125,7 @@ def read_image(
     if not decode:
         return None, (height, width)
     strides = (step, channels * dtype.itemsize, dtype.itemsize)
-    pixels = np.ndarray((height, width, channels), dtype, data, strides=strides)
+    pixels = np.ndarray((rows, width, channels), dtype, data, strides=strides)
     if not dtype.isnative:
         pixels = pixels.astype(dtype.newbyteorder("="))
     pixels = np.ascontiguousarray(pixels if channels > 1 else pixels[..., 0])
@@ -98,11 +135,21 @@ def read_image(
 
 
 def _decompress(message: Any, where: str) -> np.ndarray:
-    """JPEG or PNG payload to (H, W, 3) uint8 RGB. EXIF rotation is ignored: a robot's camera does not turn."""
+    """JPEG or PNG payload to (H, W, 3) uint8 RGB. EXIF rotation is ignored: a robot's camera does not turn.
+
+    Compressed depth is a PNG behind a header of its own; floats are in it as quantised inverses of the distance.
+    """
     kind = message.format
+    data, quantisation = np.asarray(message.data, np.uint8), None
     if "compressedDepth" in kind:
-        raise BagError(f"{where}: format {kind!r} (compressed depth) is not supported; record the raw depth topic")
-    data = np.asarray(message.data, np.uint8)
+        if "rvl" in kind:
+            raise BagError(
+                f"{where}: format {kind!r}: depth that is compressed as RVL is not read; set the publisher's parameter "
+                "compressedDepth.format to png, or record the raw depth topic"
+            )
+        if data.size >= DEPTH_HEADER.size:
+            _, *quantisation = DEPTH_HEADER.unpack_from(data.data)
+        data = data[DEPTH_HEADER.size :]
     size = _declared_size(data)
     if size is None:
         raise BagError(f"{where}: {data.size} bytes with format {kind!r} do not decode as JPEG or PNG")
@@ -119,6 +166,14 @@ def _decompress(message: Any, where: str) -> np.ndarray:
         pixels = None
     if pixels is None:
         raise BagError(f"{where}: {data.size} bytes with format {kind!r} do not decode as JPEG or PNG")
+    if quantisation and (pixels.dtype != np.uint16 or pixels.ndim != 2):
+        raise BagError(
+            f"{where}: {message.data.size} bytes with format {kind!r} do not hold 16-bit depth; record it again"
+        )
+    if quantisation and kind.startswith("32FC1"):
+        scale, shift = np.array(quantisation, np.float32)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is no reading
+            return depth_to_rgb(np.where(pixels > 0, scale / (pixels - shift), np.float32(np.nan)))
     if pixels.dtype == np.uint16 and pixels.ndim == 2 and kind.startswith(("16UC1", "mono16")):
         return RAW_ENCODINGS["16UC1" if kind.startswith("16UC1") else "mono16"][2](pixels)
     if pixels.dtype != np.uint8:

@@ -52,7 +52,7 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     ]
     for report in sync_reports[:limit]:
         topics = list(report["topics"].values())  # the joints' and other states' (of each stream), then the cameras'
-        joints, cameras = topics[: -len(report["image_size"])], topics[-len(report["image_size"]) :]
+        joints, cameras = topics[: -len(report["unused_images"])], topics[-len(report["unused_images"]) :]
         rows.append((
             report["episode"], f"{report['duration_s']:.1f}", str(report["frames"]), str(report["dropped"]),
             str(report["segments"]), str(sum(report["repeated_images"].values())),
@@ -79,6 +79,11 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
             lines.append(
                 f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
                 "training/validation split; delete one"
+            )
+        for camera, dropped in report.get("dropped_packets", {}).items():
+            lines.append(
+                f"note: {report['episode']}: video of camera {camera}: dropped {dropped['before_keyframe']} messages "
+                f"before the first keyframe, {dropped['later']} later ones without a picture that can be right"
             )
         if report["dropped_in_joint_gaps"]:
             lines.append(

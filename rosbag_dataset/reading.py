@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from .bags import Bag
 from .errors import BagError
 from .fields import TopicField, is_held
-from .images import height_by_width, read_image
+from .images import height_by_width, read_image, resize_image
 from .settings import BagSettings
 from .storage import messages, open_storage, topics_of
 from .topics import (
@@ -31,6 +31,7 @@ from .topics import (
     typestore_for,
     wanted_topics,
 )
+from .video import VIDEO_TYPES, VideoDecoder
 
 ImageSink = Callable[[str, np.ndarray], None]  # called with (camera, image)
 
@@ -60,6 +61,9 @@ class Recording:
     first_image: dict[str, str] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
     ignored_joint_messages: int = 0  # messages of the joint topic that have none of the joints, and are in no row
     states: dict[str, Samples] = field(default_factory=dict)  # by their names in data.state_topics
+    # Of a camera with video: its messages before the first keyframe, and later ones that gave no picture. They have no
+    # time and no picture here. Only cameras that have some; known only if pixels were decoded.
+    dropped_packets: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
@@ -107,6 +111,7 @@ def read_bag(
     shapes: dict[str, tuple[int, int]] = {}
     first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
+    videos: dict[str, VideoDecoder] = {}
     ignored = 0
     fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (state, its field)
     for name, topic_field in settings.state_topics.items():
@@ -114,6 +119,22 @@ def read_bag(
     state_times: dict[str, list[int]] = {name: [] for name in settings.state_topics}
     state_values: dict[str, list[bool | int | float]] = {name: [] for name in settings.state_topics}
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
+
+    def keep(camera: str, time_ns: int, image: np.ndarray | None, shape: tuple[int, int] | None, raw: bytes) -> None:
+        """Take over an image, resized, with the shape that it had before; or what is known without decoding it."""
+        camera_times[camera].append(time_ns)
+        if shape is not None and shapes.setdefault(camera, shape) != shape:
+            was, now = height_by_width(shapes[camera]), height_by_width(shape)
+            raise BagError(f"{where}: image size changes within the bag, from {was} to {now} (HxW)")
+        if camera not in first_image:  # by what is stored of it, or by its message if nothing is
+            first_image[camera] = image_sha256(raw if image is None else image.tobytes())
+        if image is not None and sink is not None:
+            stored[camera] = image.shape[:2]
+            sink(camera, image)
+
+    def keep_video(camera: str, pictures: Iterable[tuple[int, np.ndarray]]) -> None:
+        for time_ns, picture in pictures:
+            keep(camera, time_ns, resize_image(picture, settings.image_resize), picture.shape[:2], b"")
 
     with contextlib.ExitStack() as stack:
         readers = open_storage(bag, stack, scratch)
@@ -142,18 +163,19 @@ def read_bag(
                     joint_rows.append(row)
             if topic in camera_of:
                 camera = camera_of[topic]
-                camera_times[camera].append(time_stamp(message, receive_ns, settings.time_source, where))
-                image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)
-                if shape is not None and shapes.setdefault(camera, shape) != shape:
-                    was, now = height_by_width(shapes[camera]), height_by_width(shape)
-                    raise BagError(f"{where}: image size changes within the bag, from {was} to {now} (HxW)")
-                if camera not in first_image:  # by what is stored of it, or by its message if nothing is
-                    first_image[camera] = image_sha256(raw if image is None else image.tobytes())
-                if image is not None and sink is not None:
-                    stored[camera] = image.shape[:2]
-                    sink(camera, image)
+                time_ns = time_stamp(message, receive_ns, settings.time_source, where)
+                if msgtype not in VIDEO_TYPES:
+                    image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)
+                    keep(camera, time_ns, image, shape, raw)
+                elif sink is None:
+                    keep(camera, time_ns, None, None, raw)
+                else:
+                    keep_video(camera, videos.setdefault(camera, VideoDecoder()).add(message, time_ns, where))
             if on_message:
                 on_message(topic in camera_of, len(raw))
+    for camera, video in videos.items():
+        where = f"{bag.name}: {settings.camera_topics[camera]}"
+        keep_video(camera, video.finish(where))
     for topic, count in read.items():
         if count != counts[topic]:  # what was read against what the storage itself promised
             raise BagError(f"{bag.name}: {topic}: read {count} of {counts[topic]} messages; the storage is damaged")
@@ -168,6 +190,11 @@ def read_bag(
         {
             name: Samples(np.array(state_times[name], np.int64), np.array(values, np.float64), is_held(values[0]))
             for name, values in state_values.items()
+        },
+        {
+            c: (v.before_keyframe, v.without_picture)
+            for c, v in videos.items()
+            if v.before_keyframe or v.without_picture
         },
     )
 

@@ -169,6 +169,9 @@ def synchronise(
         "joint_jumps": len(jumps),
         "fastest_joint_step": fastest,
         "ignored_joint_messages": recording.ignored_joint_messages,
+        "dropped_packets": {
+            c: {"before_keyframe": before, "later": later} for c, (before, later) in recording.dropped_packets.items()
+        },
         "segments": len(segments),
         "frames_without_action": len(segments),
         "repeated_images": {

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from .bags import Bag
@@ -24,6 +24,7 @@ from .errors import BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE
 from .settings import BagSettings
 from .storage import Storage, definition_of, messages, topics_of
+from .video import VIDEO_TYPES
 
 JOINT_TYPE = "sensor_msgs/msg/JointState"
 NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
@@ -35,7 +36,8 @@ def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
     A topic may be there more than once. No types: any that has the field.
     """
     wanted = [("data.joint_topic", settings.joint_topic, {JOINT_TYPE})]
-    wanted += [(f"data.camera_topics.{c}", t, {IMAGE_TYPE, COMPRESSED_TYPE}) for c, t in settings.camera_topics.items()]
+    pictures = {IMAGE_TYPE, COMPRESSED_TYPE, *VIDEO_TYPES}
+    wanted += [(f"data.camera_topics.{c}", t, pictures) for c, t in settings.camera_topics.items()]
     wanted += [(f"data.state_topics.{name}", field.topic, set()) for name, field in settings.state_topics.items()]
     return wanted
 
@@ -159,13 +161,18 @@ def bag_typestore(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -
 def typestore_for(ros_distro: str) -> Typestore:
     """The message definitions of a ROS 2 distribution, for example "humble": what turns CDR bytes into messages.
 
+    Beside them those of VIDEO_TYPES, which belong to no distribution.
+
     Raises:
         SetupError: rosbags does not know that distribution.
     """
     known = _store_names()
     if ros_distro not in known:
         raise SetupError(f"data.ros_distro: found {ros_distro!r}, expected one of {', '.join(sorted(known))}")
-    return get_typestore(known[ros_distro])
+    typestore = get_typestore(known[ros_distro])
+    for name, definition in VIDEO_TYPES.items():
+        typestore.register(get_types_from_msg(definition, name))
+    return typestore
 
 
 def _store_names() -> dict[str, Stores]:
@@ -198,12 +205,12 @@ def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> i
         BagError: it was never set, or is no time that a recording can have.
     """
     if time_source == "header":
-        if not hasattr(message, "header"):
+        if not hasattr(message, "header") and not hasattr(message, "timestamp"):  # foxglove's video has the latter
             raise BagError(
                 f"{where}: a {type(message).__name__.replace('__', '/')} has no header, and so no time by that clock; "
                 "use data.time_source: receive, or take a topic whose messages are stamped"
             )
-        stamp = message.header.stamp
+        stamp = message.header.stamp if hasattr(message, "header") else message.timestamp
         time_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
         if time_ns <= 0:
             raise BagError(f"{where}: header.stamp is {time_ns} ns (never set); use data.time_source: receive")

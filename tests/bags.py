@@ -30,6 +30,14 @@ STORE = get_typestore(Stores.ROS2_HUMBLE)
 IO_STATES = "ur_msgs/msg/IOStates"
 STORE.register(get_types_from_msg("uint8 pin\nbool state\n", "ur_msgs/msg/Digital"))
 STORE.register(get_types_from_msg("Digital[] digital_in_states\nDigital[] digital_out_states\n", IO_STATES))
+# As their makers have them (foxglove/schemas, ros-misc-utilities/ffmpeg_image_transport_msgs).
+COMPRESSED_VIDEO, FFMPEG_PACKET = "foxglove_msgs/msg/CompressedVideo", "ffmpeg_image_transport_msgs/msg/FFMPEGPacket"
+for _type, _definition in {
+    COMPRESSED_VIDEO: "builtin_interfaces/Time timestamp\nstring frame_id\nuint8[] data\nstring format\n",
+    FFMPEG_PACKET: "std_msgs/Header header\nint32 width\nint32 height\nstring encoding\nuint64 pts\nuint8  flags\n"
+    "bool is_bigendian\nuint8[] data\n",
+}.items():
+    STORE.register(get_types_from_msg(_definition, _type))
 T0_NS = 1_700_000_000 * 10**9
 JOINTS = UR_JOINTS
 JOINT_TOPIC, CAMERA_TOPIC = "/joint_states", "/camera/color/image_raw"
@@ -110,6 +118,16 @@ def image(stamp_ns: int, pixels: np.ndarray, encoding: str = "rgb8", **changes: 
 
 def compressed(stamp_ns: int, data: bytes | np.ndarray, kind: str = "jpeg") -> Any:
     return ros("sensor_msgs/msg/CompressedImage", header(stamp_ns), kind, np.frombuffer(bytes(data), np.uint8))
+
+
+def compressed_video(stamp_ns: int, data: bytes, codec: str) -> Any:
+    stamp = header(stamp_ns).stamp
+    return ros(COMPRESSED_VIDEO, stamp, "camera", np.frombuffer(data, np.uint8), codec)
+
+
+def ffmpeg_packet(stamp_ns: int, data: bytes, codec: str) -> Any:
+    encoding = f"{codec};yuv420p;bgr8;bgr8"
+    return ros(FFMPEG_PACKET, header(stamp_ns), 96, 64, encoding, 0, 0, False, np.frombuffer(data, np.uint8))
 
 
 def encode(rgb: np.ndarray, extension: str) -> bytes:

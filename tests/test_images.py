@@ -42,12 +42,18 @@ def pad_rows(pixels, extra, last_row_too=True):
 
 
 alpha = np.full((3, 4, 1), 99, np.uint8)
+PAINTED16 = PAINTED.astype(np.uint16) * 256 + 77
 RAW_CASES = {
     "rgb8": (PAINTED, PAINTED),
     "bgr8": (PAINTED[..., [2, 1, 0]], PAINTED),
     "rgba8": (np.concatenate([PAINTED, alpha], axis=2), PAINTED),
     "bgra8": (np.concatenate([PAINTED[..., [2, 1, 0]], alpha], axis=2), PAINTED),
     "mono8": (GREY, grey3(GREY)),
+    "8UC1": (GREY, grey3(GREY)),
+    "8UC3": (PAINTED[..., [2, 1, 0]], PAINTED),
+    "8UC4": (np.concatenate([PAINTED[..., [2, 1, 0]], alpha], axis=2), PAINTED),
+    "rgb16": (PAINTED16, PAINTED),
+    "bgr16": (PAINTED16[..., [2, 1, 0]], PAINTED),
     "mono16": (WHOLE, grey3(GREY)),
     # one level per centimetre: 0 = none, 4 mm, 5.1 mm, 1 cm | 254 cm, 255 cm, 3 m, 65 m | ...
     "16UC1": (
@@ -64,7 +70,7 @@ RAW_CASES = {
 def test_every_encoding_has_a_test():
     """Whoever adds an encoding adds its expectation here."""
     bayer = {f"bayer_{p}{bits}" for p in BAYER for bits in (8, 16)}
-    assert set(RAW_ENCODINGS) == set(RAW_CASES) | bayer
+    assert set(RAW_ENCODINGS) == set(RAW_CASES) | bayer | set(YUV)
 
 
 @pytest.mark.parametrize("rows", ["plain", "padded", "last-row-short"])
@@ -92,6 +98,74 @@ def test_bayer(pattern, bits):
     got = decode(image(T0_NS, stored, f"bayer_{pattern}{bits}"))
     inside = np.s_[2:-2, 2:-2]
     assert np.abs(got[inside].astype(int) - rgb[inside]).max() <= 2
+
+
+def yuv(rgb):
+    """(H, W, 3) Y, Cb, Cr of 8-bit RGB by ITU-R BT.601, black to white from 16 to 235."""
+    r, g, b = np.moveaxis(rgb / 255, 2, 0)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    planes = np.stack([16 + 219 * y, 128 + 112 * (b - y) / 0.886, 128 + 112 * (r - y) / 0.701], axis=2)
+    return np.rint(planes).astype(np.uint8)
+
+
+def packed(order):
+    """-> a function that writes YUV as (H, W, 2): two pixels are four bytes, in this order."""
+
+    def write(planes):
+        pairs = planes.reshape(len(planes), -1, 2, 3)
+        parts = {"y": pairs[:, :, 0, 0], "Y": pairs[:, :, 1, 0], "u": pairs[:, :, 0, 1], "v": pairs[:, :, 0, 2]}
+        return np.stack([parts[letter] for letter in order], axis=2).reshape(*planes.shape[:2], 2)
+
+    return write
+
+
+def two_planes(order):
+    """-> a function that writes YUV as (H * 3 / 2, W): brightness, then for each 2x2 pixels two bytes of colour."""
+
+    def write(planes):
+        colours = planes[::2, ::2, [1, 2] if order == "uv" else [2, 1]].reshape(len(planes) // 2, -1)
+        return np.concatenate([planes[..., 0], colours])
+
+    return write
+
+
+YUV = {
+    "yuv422": packed("uyvY"), "uyvy": packed("uyvY"), "yuv422_yuy2": packed("yuYv"), "yuyv": packed("yuYv"),
+    "nv12": two_planes("uv"), "nv21": two_planes("vu"),
+}  # fmt: skip
+BLOCKS = np.repeat(np.repeat(PAINTED, 2, axis=0), 2, axis=1)  # (6, 8, 3): what shares its colours has one
+
+
+@pytest.mark.parametrize("rows", ["plain", "padded", "last-row-short"])
+@pytest.mark.parametrize("encoding", YUV)
+def test_yuv(encoding, rows):
+    """Colours that were turned into YUV by the standard's formula come back within 3 levels, also with padded rows."""
+    stored = YUV[encoding](yuv(BLOCKS))
+    step = {} if rows == "plain" else pad_rows(stored, 6, last_row_too=rows == "padded")
+    message = image(T0_NS, stored, encoding, height=len(BLOCKS), **step)
+    assert np.abs(decode(message).astype(int) - BLOCKS).max() <= 3
+
+
+DEPTH_M = np.array([[0.5, 1.0, 2.0, np.nan], [0.3, 2.54, 9.0, 1.234]], np.float32)
+
+
+@pytest.mark.parametrize("kind", ["16UC1; compressedDepth png", "16UC1; compressedDepth"])
+def test_compressed_depth(kind):
+    """Millimetres as PNG behind a header of twelve bytes, as depth that is not compressed."""
+    data = bytes(12) + cv2.imencode(".png", RAW_CASES["16UC1"][0])[1].tobytes()
+    np.testing.assert_array_equal(decode(compressed(T0_NS, data, kind)), RAW_CASES["16UC1"][1])
+
+
+def test_compressed_depth_of_floats():
+    """Metres are in the PNG as quantised inverses (A / (n - B), 0: no reading): as the raw image, to the centimetre."""
+    quantum, depth_max = 100.0, 10.0  # compressed_depth_image_transport's defaults
+    a = quantum * (quantum + 1)
+    b = 1 - a / depth_max
+    stored = np.where(np.isnan(DEPTH_M), 0, a / DEPTH_M + b).astype(np.uint16)
+    data = struct.pack("<iff", 0, a, b) + cv2.imencode(".png", stored)[1].tobytes()
+    got = decode(compressed(T0_NS, data, "32FC1; compressedDepth png")).astype(int)
+    assert np.abs(got - decode(image(T0_NS, DEPTH_M, "32FC1"))).max() <= 1
+    assert got[0, :, 0].tolist() == [50, 100, 200, 0]
 
 
 @pytest.mark.parametrize("size", [(3, 4), (6, 2), (2, 3), (7, 5), (11, 16)], ids=str)
@@ -170,7 +244,10 @@ HUGE_PNG, HUGE_JPEG = (cv2.imencode(kind, np.zeros((4321, 7766), np.uint8))[1].t
         (image(0, PAINTED, height=0), ["0x4"]),
         (image(0, PAINTED, width=0), ["3x0"]),
         (image(0, PAINTED, height=2**32 - 1, width=2**31), ["step"]),
-        (image(0, PAINTED, encoding="yuv422"), ["'yuv422'", "rgb8", "bayer_grbg16"]),
+        (image(0, PAINTED, encoding="yuv411"), ["'yuv411'", "rgb8", "bayer_grbg16", "driver publish one of these"]),
+        (image(0, PAINTED[:, :3, :2], encoding="yuyv"), ["yuyv image of 3x3", "share colours", "multiples of 1x2"]),
+        (image(0, PAINTED[..., 0], encoding="nv12"), ["nv12 image of 3x4", "multiples of 2x2"]),
+        (image(0, PAINTED[:2, :, 0], encoding="nv12"), ["8 bytes", "2x4 nv12", "at least 12"]),
         (image(0, PAINTED, encoding=""), ["encoding ''"]),
         (compressed(0, JPEG[: len(JPEG) // 2]), ["JPEG breaks off", str(len(JPEG) // 2)]),
         (compressed(0, JPEG[:-2]), ["JPEG breaks off"]),
@@ -183,12 +260,16 @@ HUGE_PNG, HUGE_JPEG = (cv2.imencode(kind, np.zeros((4321, 7766), np.uint8))[1].t
         (compressed(0, HUGE_JPEG), ["4321x7766 (HxW), 33556886 pixels"]),
         (compressed(0, HUGE_JPEG[:2] + b"\0rubbish\xff" + HUGE_JPEG[2:]), ["4321x7766 (HxW), 33556886 pixels"]),
         (compressed(0, with_exif_rotation(HUGE_JPEG)), ["4321x7766 (HxW), 33556886 pixels"]),
-        (compressed(0, bytes(12) + PNG, "16UC1; compressedDepth png"), ["compressedDepth", "not supported"]),
+        (compressed(0, bytes(12) + PNG, "16UC1; compressedDepth rvl"), ["compressedDepth rvl", "format to png"]),
+        (compressed(0, PNG[:11], "16UC1; compressedDepth png"), ["0 bytes", "do not decode"]),
+        (compressed(0, bytes(12) + PNG, "16UC1; compressedDepth png"), ["do not hold 16-bit depth"]),
+        (compressed(0, bytes(12) + HUGE_PNG, "16UC1; compressedDepth"), ["4321x7766 (HxW), 33556886 pixels"]),
         (compressed(0, cv2.imencode(".png", WHOLE)[1], "png"), ["uint16", "'png'"]),
     ],
-    ids=["short", "short-step", "empty", "step", "height", "width", "huge", "yuv", "no-encoding", "jpeg-half",
+    ids=["short", "short-step", "empty", "step", "height", "width", "huge", "yuv", "yuyv-odd", "nv12-odd",
+         "nv12-short", "no-encoding", "jpeg-half",
          "jpeg-end", "png-half", "png-huge", "nothing", "tiff", "real-tiff", "png-bomb", "jpeg-bomb", "jpeg-rubbish",
-         "jpeg-exif", "compressedDepth", "png-16"],
+         "jpeg-exif", "depth-rvl", "depth-short", "depth-colour", "depth-bomb", "png-16"],
 )  # fmt: skip
 def test_bad_images(message, words):
     """A payload that is short, or of a kind that is not supported, is refused and never guessed at."""
