@@ -22,6 +22,9 @@ from .errors import BagError
 FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+STORAGE_ENDINGS = (".db3", ".mcap", ".db3.zstd", ".mcap.zstd")
+
+
 @dataclass(frozen=True)
 class Bag:
     """One recording, one episode: a folder with metadata.yaml and its storage files, or a bare storage file.
@@ -60,7 +63,7 @@ class Bag:
 
 
 def find_bags(bag_dir: Path) -> list[Bag]:
-    """All bags below `bag_dir`, sorted by name: folders with a metadata.yaml, and bare .db3 / .mcap files.
+    """All bags below `bag_dir`, sorted by name: folders with a metadata.yaml, and bare storage files (also .zstd).
 
     Below a bag there may be others: a metadata.yaml that was left in a folder of bags does not hide them. Hidden names
     are passed over (unfinished downloads start with a dot). ROS 1 `.bag` files are returned with their `problem` set,
@@ -89,7 +92,7 @@ def find_bags(bag_dir: Path) -> list[Bag]:
             bags.append(_bag_folder(path, _episode_name(path, bag_dir)))
             continue
         for file in sorted(f for f in files if not f.startswith(".")):
-            if file.endswith((".db3", ".mcap")):
+            if file.endswith(STORAGE_ENDINGS):
                 name = _episode_name(path / file, bag_dir)
                 bags.append(Bag(name, path / file, (path / file,), None, ""))
             elif file.endswith(".bag"):
@@ -152,9 +155,7 @@ def _bag_folder(path: Path, name: str) -> Bag:
     storage files are opened directly. A rosbag2 folder that is read through its metadata yields nothing when a QoS
     profile or a file name differs.
     """
-    present = sorted(
-        p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith((".db3", ".mcap", ".zstd"))
-    )
+    present = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith(STORAGE_ENDINGS))
     remove = "" if present else f", or remove it if {name} is no recording: no .db3 or .mcap file is beside it"
     try:
         text = (path / "metadata.yaml").read_text()

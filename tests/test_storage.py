@@ -73,9 +73,11 @@ def test_mcap_without_index(tmp_path, unchunk, shuffled):
 
 
 @both_storages
-def test_bare_storage_file(tmp_path, storage):
-    """A .db3 or .mcap without metadata.yaml is a bag too."""
-    bag = write_bag(tmp_path / "bags" / "a", TAKE.messages(), storage)
+@pytest.mark.parametrize("compression", ["none", "file"])
+def test_bare_storage_file(tmp_path, storage, compression):
+    """A .db3, .mcap, .db3.zstd or .mcap.zstd without metadata.yaml is a bag too."""
+    bag = write_bag(tmp_path / "bags" / "a", TAKE.messages(), storage, compression)
+    assert storage_file(bag).name.endswith(".zstd") == (compression == "file")
     (bag / "metadata.yaml").unlink()
     assert [b.name for b in find_bags(tmp_path / "bags")] == [f"a/{storage_file(bag).name}"]
     assert_is_take(tmp_path / "bags")
@@ -220,7 +222,7 @@ def mcap(chunk: bytes, declared: int, indexed: int = 0) -> bytes:
 
 def bag_of(path, content: bytes, compression: str):
     """A recording with this storage file, or for "message", whose third message has these bytes."""
-    bag = write_bag(path, TAKE.messages(), compression=compression if compression != "none" else "file")
+    bag = write_bag(path, TAKE.messages(), compression=compression if compression == "message" else "file")
     if compression == "message":
         with sqlite3.connect(storage_file(bag)) as db:
             db.execute("UPDATE messages SET data = ? WHERE id = 3", (content,))
@@ -229,7 +231,7 @@ def bag_of(path, content: bytes, compression: str):
         storage_file(bag).write_bytes(content)
     else:
         shutil.rmtree(bag)
-        path.with_suffix(".mcap").write_bytes(content)
+        path.with_suffix(".mcap.zstd" if compression == "bare file" else ".mcap").write_bytes(content)
 
 
 BOMBS = {  # what lies in the bag, how, and what the error names
@@ -238,6 +240,7 @@ BOMBS = {  # what lies in the bag, how, and what the error names
     "message that lies": (zeros(4 * GB, 100), "message", ["a: a.db3"]),
     "file": (zeros(3 * GB), "file", ["bytes unpack to 135", "expected at most 134217728", "unzstd --rm a"]),
     "file that says so": (zeros(3 * GB, 3 * GB), "file", ["bytes that declare 3000000000 unpacked"]),
+    "bare file": (zeros(3 * GB, 3 * GB), "bare file", ["a.mcap.zstd: ", "bytes that declare 3000000000 unpacked"]),
     "chunk": (mcap(zeros(4 * GB), 1000), "none", ["bytes unpacks to more than 1000 bytes"]),
     "chunk that says so": (mcap(zeros(4 * GB), 4 * GB), "none", ["a chunk declares 4000000000 bytes unpacked"]),
     "one chunk, many times": (mcap(zeros(100 << 20), 100 << 20, indexed=40), "none", ["declare 4194304000 unpacked"]),
