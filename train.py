@@ -84,6 +84,7 @@ class DataConfig:
     time_source: str = setting("receive", "which clock orders the messages", choices=CHOICES["time_source"])
     image_stats: str = setting("imagenet", "what normalises images", choices=("imagenet", "dataset"))
     ros_distro: str = setting("humble", "whose message definitions decode the bags")
+    min_used_share: float = setting(0.5, "a bag is bad if frames cover less of the time it recorded")
     on_bad_bag: str = setting("error", "what a bag that cannot be used does", choices=CHOICES["on_bad_bag"])
     frames_on_device: str = setting("auto", "auto: frames live on the GPU when they fit", choices=("auto", "never"))
 

@@ -38,7 +38,8 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     rows = [
         (
             "episode",
-            "s",
+            "recorded s",
+            "used s",
             "frames",
             "dropped",
             "segm.",
@@ -54,7 +55,8 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
         topics = list(report["topics"].values())  # the joints' and other states' (of each stream), then the cameras'
         joints, cameras = topics[: -len(report["unused_images"])], topics[-len(report["unused_images"]) :]
         rows.append((
-            report["episode"], f"{report['duration_s']:.1f}", str(report["frames"]), str(report["dropped"]),
+            report["episode"], f"{report['recorded_s']:.1f}", f"{report['used_s']:.1f}", str(report["frames"]),
+            str(report["dropped"]),
             str(report["segments"]), str(sum(report["repeated_images"].values())),
             str(sum(report["unused_images"].values())), "/".join(f"{c['rate_hz']:.1f}" for c in cameras),
             "/".join(f"{j['rate_hz']:.1f}" for j in joints), "/".join(f"{t['offset_ms_worst']:.0f}" for t in topics),

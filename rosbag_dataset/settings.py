@@ -62,6 +62,7 @@ class BagSettings:
         image_resize: (H, W) of the stored frames, or None to keep the camera's size.
         action_mode: what the k-th action, k >= 1, of a chunk from frame t is: "delta" (q[t+k] - q[t+k-1]), "absolute"
             (q[t+k]) or "relative" (q[t+k] - q[t], the offset from the state in which the chunk was predicted).
+        min_used_share: a recording is refused if frames cover less than this share of its time.
         on_bad_bag: "error" or "skip".
     """
 
@@ -83,6 +84,7 @@ class BagSettings:
     wrap_angles: bool
     image_resize: tuple[int, int] | None
     action_mode: str
+    min_used_share: float
     on_bad_bag: str
 
     @property
@@ -134,7 +136,8 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
         values["state_units"] = dict(values["state_units"] or {})
         values["joint_sign"] = tuple(float(s) for s in values["joint_sign"] or ())
         values["image_resize"] = tuple(values["image_resize"]) if values["image_resize"] else None
-        values["fps"], values["max_offset_ms"] = float(values["fps"]), float(values["max_offset_ms"])
+        for name in ("fps", "max_offset_ms", "min_used_share"):
+            values[name] = float(values[name])
     except (AttributeError, TypeError, ValueError) as exc:
         raise BagError(f"the config's data or conventions section: {exc}") from None
     return BagSettings(**{n: values[n] for n in names})
@@ -147,7 +150,7 @@ def action_unit(unit: str, action_mode: str) -> str:
 
 def setting_rules(
     joint_names: Sequence[str], joint_sign: Sequence[float], apply_joint_sign: bool,
-    image_resize: Sequence[int] | None, cameras: Mapping[str, str],
+    image_resize: Sequence[int] | None, cameras: Mapping[str, str], min_used_share: float,
 ) -> list[Rule]:  # fmt: skip
     """Rules between the settings of bags, for those who read a config; `cameras` are {name: topic}."""
     joints = len(joint_names)
@@ -162,6 +165,7 @@ def setting_rules(
         (fits, "conventions.joint_sign", list(joint_sign), one_sign_each),
         (size, "conventions.image_resize", image_resize, "[height, width] of at least 32 pixels each"),
         (plain, "data.camera_topics", list(cameras), "names of letters, digits and underscores"),
+        (0 <= min_used_share <= 1, "data.min_used_share", min_used_share, "a share from 0 to 1"),
         (distinct, "data.camera_topics", dict(cameras), "a topic of its own per camera"),
     ]
 
@@ -212,7 +216,7 @@ def check_settings(settings: BagSettings, where: str) -> None:
         ),
         *setting_rules(
             settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
-            settings.image_resize, settings.camera_topics,
+            settings.image_resize, settings.camera_topics, settings.min_used_share,
         ),
         *state_rules(
             settings.joint_names, settings.joint_topic, {n: field.text for n, field in settings.state_topics.items()},

@@ -84,7 +84,8 @@ def synchronise(
 
     Raises:
         BagError: topics that do not overlap in time, broken time stamps, a clock that was set back, positions in
-            degrees, a joint that jumps again and again, no joint that moves, no frame left.
+            degrees, a joint that jumps again and again, no joint that moves, no frame left, or fewer than
+            min_used_share asks for.
     """
     tick_ns = 1e9 / settings.fps
     joint_streams = _joint_streams(recording, settings)
@@ -142,6 +143,18 @@ def synchronise(
             f"ros2 topic info -v {settings.joint_topic}; record with one of them, or leave this recording out with "
             "data.on_bad_bag: skip"
         )
+    first_ns, last_ns = min(t[0] for t in streams.values()), max(t[-1] for t in streams.values())
+    recorded_s, used_s = (last_ns - first_ns) / 1e9 + 1 / settings.fps, int(kept.sum()) / settings.fps
+    if used_s < settings.min_used_share * recorded_s:
+        spans = ", ".join(
+            f"{topic} {(t[0] - first_ns) / 1e9:.1f} to {(t[-1] - first_ns) / 1e9:.1f} s" for topic, t in streams.items()
+        )
+        raise BagError(
+            f"{name}: frames cover {used_s:.1f} of the {recorded_s:.1f} s that were recorded, "
+            f"{used_s / recorded_s:.0%}, expected a share of at least data.min_used_share {settings.min_used_share:g}: "
+            f"{spans}, and in the time of all of them {int((~kept).sum())} frames were dropped; record it again, lower "
+            "data.min_used_share to take it as it is, or leave it out with data.on_bad_bag: skip"
+        )
     moved = np.empty(recording.joint_rad.shape[1], bool)
     for s in joint_streams:
         moved[s.states] = np.ptp(s.value, axis=0) >= MOVED_RAD
@@ -160,6 +173,8 @@ def synchronise(
     sync_report = {
         "episode": name,
         "duration_s": round(max(0, end - begin) / 1e9, 3),
+        "recorded_s": round(recorded_s, 3),
+        "used_s": round(used_s, 3),
         "image_size": {c: list(shape) for c, shape in recording.image_shape.items()},
         "frames": int(kept.sum()),
         "dropped": int((~kept).sum()),

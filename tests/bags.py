@@ -65,6 +65,7 @@ def settings(bag_dir: Path, cache_dir: Path | None = None, **changes: Any) -> Ba
         wrap_angles=True,
         image_resize=None,
         action_mode="delta",
+        min_used_share=0,  # many takes are mostly gaps
         on_bad_bag="error",
     )
     return settings_from(values | changes)

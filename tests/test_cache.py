@@ -69,6 +69,7 @@ AFTER_THE_CACHE = dict(
     action_mode="absolute",
     observed_only=("wrist_3_joint",),
     state_units={"wrist_3_joint": "deg"},
+    min_used_share=0.5,
     on_bad_bag="skip",
     bag_dir=Path("elsewhere"),
     cache_dir=Path("elsewhere"),

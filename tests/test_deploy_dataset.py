@@ -811,6 +811,16 @@ def test_a_gap_in_a_bag_cuts_the_episode(tmp_path: Path) -> None:
     assert any(np.array_equal(shown[0], image) for image in take.images)
 
 
+def test_a_bag_of_which_training_would_take_too_little_can_be_judged(tmp_path: Path) -> None:
+    """data.min_used_share is for training; checkpoints from before it was there do not have it."""
+    take = bags.make_take(seconds=1.0)
+    messages = [m for m in take.messages() if m[0] == bags.JOINT_TOPIC or m[1] < take.camera_ns[6]]
+    bags.write_bag(tmp_path / "bags" / "a", messages)
+    values = checkpoint_values()
+    for settings in (values, {key: value for key, value in values.items() if key != "min_used_share"}):
+        assert len(list(BagSource(tmp_path / "bags", settings, tmp_path / "cache").frames(0))) == 6
+
+
 def test_the_identity_of_bags_is_their_content(sample_bags: Path, tmp_path: Path) -> None:
     """The same bags elsewhere, or read with other settings, are the same; one more or one changed bag is not."""
     copied = Path(shutil.copytree(sample_bags, tmp_path / "bags"))

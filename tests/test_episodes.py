@@ -197,6 +197,18 @@ def test_all_skipped_is_an_error(tmp_path):
     assert "all 2 bags were skipped" in message and "a.mcap is damaged" in message
 
 
+def test_a_bag_of_which_little_can_be_used_is_skipped(tmp_path):
+    """data.min_used_share makes it a bad bag as any other."""
+    take = make_take(seconds=2.0)
+    write_bag(tmp_path / "bags" / "a", take.messages())
+    write_bag(tmp_path / "bags" / "b", [m for m in take.messages() if m[0] == JOINT_TOPIC or m[1] < T0_NS + 3 * 10**8])
+    wanted = settings(tmp_path / "bags", on_bad_bag="skip", min_used_share=0.5)
+    episodes, skipped = load_episodes(wanted, 1, False)
+    assert [e.name for e in episodes] == ["a"] and [s["bag"] for s in skipped] == ["b"]
+    assert "frames cover 0.3 of the 2.0 s that were recorded" in skipped[0]["why"]
+    assert [e.name for e in load_episodes(settings(tmp_path / "bags"), 1, False)[0]] == ["a", "b"]
+
+
 def test_bag_called_like_a_key_is_skipped(tmp_path):
     """A bag whose name begins as a config key does is a bag as any other."""
     write_bag(tmp_path / "bags" / "a", TAKE.messages())

@@ -124,7 +124,8 @@ WRONG_SETTINGS = [
     ("data", "fps", 0), ("data", "max_offset_ms", -1), ("data", "joint_names", []), ("data", "joint_resample", "cubic"),
     ("data", "time_source", "both"), ("data", "on_bad_bag", "ignore"), ("conventions", "joint_sign", [1, -1]),
     ("conventions", "joint_sign", [2] * 6), ("conventions", "image_resize", [30]), ("data", "fsp", 30),
-    ("conventions", "action_mode", "both"), ("data", "camera_topics", {"a": "/x", "b": "/x"}),
+    ("data", "min_used_share", 1.5), ("conventions", "action_mode", "both"),
+    ("data", "camera_topics", {"a": "/x", "b": "/x"}),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -544,6 +545,34 @@ def test_topics_that_start_late_and_stop_early(late):
     assert times[0] <= episode.time_ns[0] < times[0] + 34e6
     assert times[-1] - 34e6 < episode.time_ns[-1] <= times[-1]
     assert episode.sync_report["dropped"] == 0
+
+
+def test_a_camera_that_dies_early():
+    """What frames cover is held against what was recorded, from any topic's first message to any one's last."""
+    take = one_joint(lambda t: np.sin(t), seconds=20)
+    recording = take.recording()
+    recording.camera_time_ns["wrist"] = take.camera_ns[:60]
+    recording.image_shape["wrist"] = (2, 2)
+    cameras = {"color": CAMERA_TOPIC, "wrist": "/wrist"}
+    episode = synchronise("a", recording, settings(Path("bags"), camera_topics=cameras, min_used_share=0.09))
+    report = episode.sync_report
+    assert (len(episode.time_ns), report["dropped"], report["used_s"], report["recorded_s"]) == (60, 0, 2.0, 20.025)
+    assert report["image_size"] == {"color": [2, 2], "wrist": [2, 2]}
+    names, row, *_ = (re.split(" {2,}", line) for line in sync_table([report]).splitlines())
+    shown = dict(zip(names, row, strict=True))
+    assert (shown["recorded s"], shown["used s"], shown["camera Hz"]) == ("20.0", "2.0", "30.0/30.0")
+    wanted = settings(Path("bags"), camera_topics=cameras, min_used_share=0.11)
+    message = error_of(lambda: synchronise("a", recording, wanted))
+    assert "a: frames cover 2.0 of the 20.0 s that were recorded, 10%" in message
+    assert f"data.min_used_share 0.11: {JOINT_TOPIC} 0.0 to 20.0 s, {CAMERA_TOPIC} 0.0 to 20.0 s, /wrist" in message
+    assert "/wrist 0.0 to 2.0 s, and in the time of all of them 0 frames were dropped" in message
+
+
+def test_a_recording_that_is_mostly_gaps():
+    """Frames that are dropped in between count as well."""
+    take = without(make_take(seconds=3.0), camera=(0.5, 2.5))
+    assert "frames cover 1.0 of the 3.0 s" in error_of(lambda: sync(take, min_used_share=0.5))
+    assert sync(take, min_used_share=0.25).sync_report["used_s"] == pytest.approx(0.95, abs=0.1)
 
 
 def test_topics_that_do_not_overlap():

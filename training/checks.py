@@ -27,7 +27,10 @@ def check_settings(cfg: Any) -> None:
     multiple = f"a multiple of 4 and of model.n_heads {model.n_heads}"
     at_most = f"at most model.chunk_size {model.chunk_size}"
     rules: list[tuple[bool, str, Any, str]] = [  # holds, key, found, expected
-        *setting_rules(data.joint_names, conv.joint_sign, conv.apply_joint_sign, conv.image_resize, cfg.cameras),
+        *setting_rules(
+            data.joint_names, conv.joint_sign, conv.apply_joint_sign,
+            conv.image_resize, cfg.cameras, data.min_used_share,
+        ),
         *state_rules(data.joint_names, data.joint_topic, topics, data.observed_only, units, cfg.cameras),
         (model.state_dim == states, "model.state_dim", model.state_dim, f"{states}, {counted}"),
         (model.action_dim == actions, "model.action_dim", model.action_dim, f"{actions}, {counted}{without}"),

@@ -173,7 +173,9 @@ class BagSource:
         self._dir = Path(bag_dir)
         self._angle_reference_rad = None if angle_reference_rad is None else np.array(angle_reference_rad)
         with self._bag_errors("the checkpoint's settings"):
-            self._settings = settings_from({**values, "bag_dir": self._dir, "cache_dir": Path(cache_dir)})
+            # What frames there are of a bag can be judged; to learn from, they may have been too few.
+            asked_for = {"bag_dir": self._dir, "cache_dir": Path(cache_dir), "min_used_share": 0.0}
+            self._settings = settings_from({**values, **asked_for})
         try:
             self._bags: list[Bag] = find_bags(self._dir)
         except BagError:
