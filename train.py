@@ -46,9 +46,9 @@ from rosbag_dataset import (
     BagSettings,
     ChunkDataset,
     compute_stats,
+    data_notes,
     load_episodes,
     refer_angles,
-    resize_notes,
     settings_from,
 )
 from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
@@ -326,7 +326,7 @@ class Trainer:
         identity.check_same_on_all_ranks(self.fingerprint, world)
         if world.is_main:
             summary.report_sync(self.output_dir, self.episodes, self.skipped, self.held_out)
-            for line in [*floored, *resize_notes(self.episodes, bags)]:
+            for line in [*floored, *data_notes(self.episodes, cfg.model.chunk_size, bags)]:
                 print(f"note: {line}")
 
     def _frames_on_device(self) -> feed.DeviceFrames | None:

@@ -30,7 +30,7 @@ from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
-from .inspection import resize_notes, sync_table
+from .inspection import data_notes, sync_table
 from .reading import Recording, read_bag
 from .samples import ChunkDataset, open_pixels
 from .settings import CHOICES, UR_JOINTS, BagSettings, action_unit, setting_rules, settings_from, state_rules
@@ -60,6 +60,7 @@ __all__ = [
     "cache_key",
     "clean_cache",
     "compute_stats",
+    "data_notes",
     "divide",
     "find_bags",
     "load_entry",
@@ -69,7 +70,6 @@ __all__ = [
     "read_bag",
     "refer_angles",
     "resize_image",
-    "resize_notes",
     "setting_rules",
     "settings_from",
     "split_episodes",

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ from .statistics import angle_references
 from .storage import open_storage, topics_of
 from .synchronisation import Episode, refer_angles, synchronise
 
+MUCH_PADDING = 0.5  # of the actions in chunks: an episode three chunks long has a sixth, one as long as a chunk half
 CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
 
 
@@ -120,7 +122,13 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     return "\n".join(lines)
 
 
-def resize_notes(episodes: list[Episode], settings: BagSettings) -> Iterator[str]:
+def data_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
+    """What a person should know of all episodes together, one line each; `chunk_size` is the policy's."""
+    yield from resize_notes(episodes, settings)
+    yield from padding_notes(episodes, chunk_size, settings)
+
+
+def resize_notes(episodes: Sequence[Episode], settings: BagSettings) -> Iterator[str]:
     """Say when resizing changes the aspect ratio: the picture the network sees is then squeezed."""
     if settings.image_resize is None:
         return
@@ -131,6 +139,32 @@ def resize_notes(episodes: list[Episode], settings: BagSettings) -> Iterator[str
                 f"conventions.image_resize {new_height}x{new_width} changes the aspect ratio of camera {camera} "
                 f"({height}x{width}, HxW): the picture is squeezed, in training and on the robot alike"
             )
+
+
+def padding_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
+    """Say when most of the actions in chunks are padding, because segments are shorter than a chunk, and what helps."""
+    lengths = np.concatenate([np.diff(episode.segments).ravel() for episode in episodes]) - 1  # in actions
+    whole = np.minimum(
+        lengths, chunk_size
+    )  # a segment's samples have 1, 2, ... `whole` actions, then a full chunk each
+    actions = whole * (whole + 1) // 2 + (lengths - whole) * chunk_size
+    if not lengths.sum() or (padding := 1 - actions.sum() / (lengths.sum() * chunk_size)) <= MUCH_PADDING:
+        return
+    report = max((episode.sync_report for episode in episodes), key=lambda report: report["segments"])
+    topic, slowest = min(report["topics"].items(), key=lambda item: item[1]["rate_hz"])
+    needed_ms, interval_ms = report["max_offset_ms_that_keeps_95_percent"], 1000 / max(1e-3, slowest["rate_hz"])
+    if needed_ms <= settings.max_offset_ms:
+        help = f"lower model.chunk_size to about {max(1, int(np.median(lengths)))}, or record longer episodes"
+    elif needed_ms <= interval_ms:  # not gaps, but every message: half its interval away from the one before
+        help = f"data.max_offset_ms: {needed_ms} instead of {settings.max_offset_ms:g} would keep 95% of the frames"
+    else:
+        help = "the topics have gaps: record them again, with a QoS and a disk that lose nothing"
+    yield (
+        f"{padding:.0%} of the actions in chunks are padding, from which nothing is learned: "
+        f"{sum(len(episode.segments) for episode in episodes)} segments of {int(np.median(lengths)) + 1} frames in the "
+        f"median, chunks of {chunk_size} (model.chunk_size); {report['episode']} has {report['segments']} segments, "
+        f"and its {topic} comes every {interval_ms:.0f} ms; {help}"
+    )
 
 
 def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> Episode:

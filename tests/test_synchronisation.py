@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rosbag_dataset import ChunkDataset, load_episodes, no_motion, open_pixels, sync_table, synchronise, wrap_to_pi
+from rosbag_dataset import (
+    ChunkDataset,
+    data_notes,
+    load_episodes,
+    no_motion,
+    open_pixels,
+    sync_table,
+    synchronise,
+    wrap_to_pi,
+)
 from rosbag_dataset.synchronisation import nearest_index
 from tests.bags import (
     CAMERA_TOPIC,
@@ -573,6 +582,32 @@ def test_a_recording_that_is_mostly_gaps():
     take = without(make_take(seconds=3.0), camera=(0.5, 2.5))
     assert "frames cover 1.0 of the 3.0 s" in error_of(lambda: sync(take, min_used_share=0.5))
     assert sync(take, min_used_share=0.25).sync_report["used_s"] == pytest.approx(0.95, abs=0.1)
+
+
+def test_chunks_that_are_mostly_padding():
+    """Said with their share, and what heals it: the offset for a slow topic, else a shorter chunk or no gaps."""
+    rng = np.random.default_rng(0)
+    joint_ns = T0_NS + np.cumsum(rng.uniform(95, 155, 160) * 1e6).astype(np.int64)  # joints at 8 Hz, and a bit
+    slow = one_joint(np.sin, seconds=20)
+    slow = dataclasses.replace(slow, joint_ns=joint_ns, joint_rad=np.tile(np.sin((joint_ns - T0_NS) / 1e9), (6, 1)).T)
+    episode = sync(slow)
+    (note,) = data_notes([episode], 100, settings(Path("bags")))
+    stop, frames = episode.action_stop, np.arange(len(episode.time_ns))
+    sampled = frames < stop
+    padding = 1 - np.minimum(stop - frames, 100)[sampled].mean() / 100
+    assert f"{padding:.0%} of the actions in chunks are padding" in note and padding > 0.9
+    assert f"{JOINT_TOPIC} comes every 12" in note and "data.max_offset_ms: 77 instead of 50" in note
+    healed = sync(slow, max_offset_ms=77)
+    assert len(healed.time_ns) > 0.95 * 20 * 30 > 1.3 * len(episode.time_ns)
+    assert not [*data_notes([sync(one_joint(np.sin, seconds=20))], 100, settings(Path("bags")))]
+    short = sync(one_joint(np.sin, seconds=2))
+    (note,) = data_notes([short], 100, settings(Path("bags")))
+    assert f"lower model.chunk_size to about {len(short.time_ns) - 1}, or record longer" in note
+    holes = one_joint(np.sin, seconds=12)
+    for start in np.arange(0.5, 12):
+        holes = without(holes, camera=(start, start + 0.5))
+    (note,) = data_notes([sync(holes)], 100, settings(Path("bags")))
+    assert "the topics have gaps" in note and "12 segments" in note
 
 
 def test_topics_that_do_not_overlap():
