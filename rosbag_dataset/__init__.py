@@ -11,10 +11,10 @@ The way of the data, with the room (module) that does each step:
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
-Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation),
-inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), pruning.py (`python -m
-rosbag_dataset cache DIR` looks at the cache, and removes from it), definitions.py (message types that only the bag
-knows), errors.py.
+Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation), reports.py
+(what became of the bags, as text), inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing),
+pruning.py (`python -m rosbag_dataset cache DIR` looks at the cache, and removes from it), definitions.py (message types
+that only the bag knows), errors.py. A training needs neither of these two commands.
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
 joint positions and further states. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`,
@@ -30,8 +30,8 @@ from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
-from .inspection import data_notes, sync_table
 from .reading import Recording, read_bag
+from .reports import data_notes, sync_table
 from .samples import ChunkDataset, open_pixels
 from .settings import CHOICES, UR_JOINTS, BagSettings, action_unit, setting_rules, settings_from, state_rules
 from .statistics import angle_references, compute_stats

@@ -7,7 +7,6 @@ Must not know: where a config comes from (files, overrides, defaults: the traine
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,32 +196,3 @@ def state_rules(
         (some_left, "data.observed_only", list(observed_only), f"{of_states}; one at least is acted on"),
         (set(state_units) <= set(states), "data.state_units", list(state_units), of_states),
     ]
-
-
-def check_settings(settings: BagSettings, where: str) -> None:
-    """What the trainer demands of these settings, for a config, `where`, that only bags are read with.
-
-    Raises:
-        BagError: the first key that cannot be used, what was found and what is expected.
-    """
-    chosen = {name: getattr(settings, name) for name in CHOICES}
-    section = dict.fromkeys(CHOICES, "data") | {"action_mode": "conventions"}
-    rules: list[Rule] = [
-        (math.inf > settings.fps >= 0.1, "data.fps", settings.fps, "at least 0.1"),
-        (math.inf > settings.max_offset_ms >= 0, "data.max_offset_ms", settings.max_offset_ms, "at least 0"),
-        *(
-            (value in CHOICES[name], f"{section[name]}.{name}", value, f"one of {', '.join(CHOICES[name])}")
-            for name, value in chosen.items()
-        ),
-        *setting_rules(
-            settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
-            settings.image_resize, settings.camera_topics, settings.min_used_share,
-        ),
-        *state_rules(
-            settings.joint_names, settings.joint_topic, {n: field.text for n, field in settings.state_topics.items()},
-            settings.observed_only, settings.state_units, settings.camera_topics,
-        ),
-    ]  # fmt: skip
-    for holds, key, found, expected in rules:
-        if not holds:
-            raise BagError(f"{where}: {key}: found {found}, expected {expected}")

@@ -1,0 +1,149 @@
+"""Sync reports as text: a table of all episodes, and lines that a person should read.
+
+Knows: what is in a sync report (synchronisation.py makes it).
+Must not know: bags, the cache, the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .settings import BagSettings
+from .synchronisation import Episode
+
+MUCH_PADDING = 0.5  # of the actions in chunks: an episode three chunks long has a sixth, one as long as a chunk half
+
+
+def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
+    """Episodes' sync reports as text: one row an episode (the first `limit`), then what a person should know of all."""
+    rows = [
+        (
+            "episode",
+            "recorded s",
+            "used s",
+            "frames",
+            "dropped",
+            "segm.",
+            "repeated",
+            "unused",
+            "camera Hz",
+            "joint Hz",
+            "worst ms",
+            "still",
+        )
+    ]
+    for report in sync_reports[:limit]:
+        topics = list(report["topics"].values())  # the joints' and other states' (of each stream), then the cameras'
+        joints, cameras = topics[: -len(report["unused_images"])], topics[-len(report["unused_images"]) :]
+        rows.append((
+            report["episode"], f"{report['recorded_s']:.1f}", f"{report['used_s']:.1f}", str(report["frames"]),
+            str(report["dropped"]),
+            str(report["segments"]), str(sum(report["repeated_images"].values())),
+            str(sum(report["unused_images"].values())), "/".join(f"{c['rate_hz']:.1f}" for c in cameras),
+            "/".join(f"{j['rate_hz']:.1f}" for j in joints), "/".join(f"{t['offset_ms_worst']:.0f}" for t in topics),
+            f"{report['still_share']:.0%}",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    if len(sync_reports) > limit:
+        lines.append(f"... and {len(sync_reports) - limit} more episodes")
+    frames, dropped = sum(r["frames"] for r in sync_reports), sum(r["dropped"] for r in sync_reports)
+    segments = sum(r["segments"] for r in sync_reports)
+    lines.append(f"{len(sync_reports)} episodes, {frames} frames kept, {dropped} dropped, {segments} segments")
+    for report in sync_reports:
+        if report["joints_never_moved"]:
+            lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
+        if report["states_never_changed"]:
+            lines.append(f"note: {report['episode']}: never changed: {', '.join(report['states_never_changed'])}")
+        if report.get("copy_of"):
+            lines.append(
+                f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
+                "training/validation split; delete one"
+            )
+        for camera, dropped in report.get("dropped_packets", {}).items():
+            lines.append(
+                f"note: {report['episode']}: video of camera {camera}: dropped {dropped['before_keyframe']} messages "
+                f"before the first keyframe, {dropped['later']} later ones without a picture that can be right"
+            )
+        if report["dropped_in_joint_gaps"]:
+            lines.append(
+                f"note: {report['episode']}: {report['dropped_in_joint_gaps']} frames dropped in gaps of the joints "
+                "longer than twice data.max_offset_ms"
+            )
+        if report["dropped_in_state_gaps"]:
+            lines.append(
+                f"note: {report['episode']}: {report['dropped_in_state_gaps']} frames dropped in gaps of "
+                "data.state_topics longer than twice data.max_offset_ms"
+            )
+        if report["joint_jumps"]:
+            step = report["fastest_joint_step"]
+            lines.append(
+                f"note: {report['episode']}: cut at {report['joint_jumps']} jumps of the joints ({step['joint']} by "
+                f"{step['rad']:.3f} rad at {step['at_s']:.3f} s, {step['rad_per_s']:.0f} rad/s), "
+                f"{report['dropped_at_joint_jumps']} frames dropped"
+            )
+    if ignored := sum(report["ignored_joint_messages"] for report in sync_reports):
+        count = sum(report["ignored_joint_messages"] > 0 for report in sync_reports)
+        lines.append(
+            f"note: {ignored} messages of data.joint_topic, in {count} of {len(sync_reports)} episodes, have none of "
+            "data.joint_names and were ignored"
+        )
+    crossing = sorted({name for report in sync_reports for name in report.get("joints_across_the_seam", ())})
+    for name in crossing:
+        count = sum(name in report["joints_across_the_seam"] for report in sync_reports)
+        lines.append(
+            f"note: {name} turns so far that its angles overlap, in {count} of {len(sync_reports)} episodes: its state "
+            "jumps by a whole turn there, and the policy cannot tell the turns apart"
+        )
+    return "\n".join(lines)
+
+
+def data_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
+    """What a person should know of all episodes together, one line each; `chunk_size` is the policy's."""
+    yield from resize_notes(episodes, settings)
+    yield from padding_notes(episodes, chunk_size, settings)
+
+
+def resize_notes(episodes: Sequence[Episode], settings: BagSettings) -> Iterator[str]:
+    """Say when resizing changes the aspect ratio: the picture the network sees is then squeezed."""
+    if settings.image_resize is None:
+        return
+    new_height, new_width = settings.image_resize
+    for camera, (height, width) in sorted({item for e in episodes for item in e.source_shape.items()}):
+        if abs(new_width / new_height / (width / height) - 1) > 0.01:
+            yield (
+                f"conventions.image_resize {new_height}x{new_width} changes the aspect ratio of camera {camera} "
+                f"({height}x{width}, HxW): the picture is squeezed, in training and on the robot alike"
+            )
+
+
+def padding_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
+    """Say when most of the actions in chunks are padding, because segments are shorter than a chunk, and what helps."""
+    lengths = np.concatenate([np.diff(episode.segments).ravel() for episode in episodes]) - 1  # in actions
+    whole = np.minimum(
+        lengths, chunk_size
+    )  # a segment's samples have 1, 2, ... `whole` actions, then a full chunk each
+    actions = whole * (whole + 1) // 2 + (lengths - whole) * chunk_size
+    if not lengths.sum() or (padding := 1 - actions.sum() / (lengths.sum() * chunk_size)) <= MUCH_PADDING:
+        return
+    report = max((episode.sync_report for episode in episodes), key=lambda report: report["segments"])
+    topic, slowest = min(report["topics"].items(), key=lambda item: item[1]["rate_hz"])
+    needed_ms, interval_ms = report["max_offset_ms_that_keeps_95_percent"], 1000 / max(1e-3, slowest["rate_hz"])
+    if needed_ms <= settings.max_offset_ms:
+        help = f"lower model.chunk_size to about {max(1, int(np.median(lengths)))}, or record longer episodes"
+    elif needed_ms <= interval_ms:  # not gaps, but every message: half its interval away from the one before
+        help = f"data.max_offset_ms: {needed_ms} instead of {settings.max_offset_ms:g} would keep 95% of the frames"
+    else:
+        help = "the topics have gaps: record them again, with a QoS and a disk that lose nothing"
+    yield (
+        f"{padding:.0%} of the actions in chunks are padding, from which nothing is learned: "
+        f"{sum(len(episode.segments) for episode in episodes)} segments of {int(np.median(lengths)) + 1} frames in the "
+        f"median, chunks of {chunk_size} (model.chunk_size); {report['episode']} has {report['segments']} segments, "
+        f"and its {topic} comes every {interval_ms:.0f} ms; {help}"
+    )
