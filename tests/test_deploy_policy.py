@@ -315,6 +315,8 @@ def test_percentiles_are_observed_values():
         (lambda s, i: (s, i | {"front": i["front"].transpose(2, 0, 1)}), r"found uint8 \(3, 40, 56\)"),
         (lambda s, i: (s, i | {"front": i["front"][..., :1]}), r"found uint8 \(40, 56, 1\)"),
         (lambda s, i: (s, i | {"front": i["front"].tolist()}), "camera front: found list"),
+        (lambda s, i: (s, i | {"front": i["front"][:0]}), r"camera front: an image of 0x56 \(HxW\) has no pixels"),
+        (lambda s, i: (s, list(i.values())), "images are list; expected {camera: "),
         (lambda s, i: (s, i | {"front": i["front"][::2]}), "images are 20x56; the policy was trained on 40x56"),
     ],
 )
@@ -328,6 +330,18 @@ def test_an_observation_that_does_not_fit_is_refused_in_one_line(exchange: Path,
             runner.predict(*change(state, images))
         assert "\n" not in str(refused.value)
         runner.predict(state, images)
+
+
+def test_no_images_at_all_and_images_that_cannot_be_written(exchange: Path, recwarn: pytest.WarningsRecorder):
+    """None is refused where images are needed; a driver's read-only buffer is taken as it is, without a warning."""
+    runner = runner_of(exchange, backend="native")
+    state, images = random_observation(TWO_CAMERAS)
+    with pytest.raises(PolicyError, match="images are NoneType; expected"):
+        runner.predict(state, None)
+    for image in images.values():
+        image.flags.writeable = False
+    runner.predict(state, images)
+    assert not recwarn.list
 
 
 def test_actions_that_are_not_finite_never_come_out(exchange: Path, tmp_path: Path):
@@ -454,6 +468,12 @@ def test_the_doors_to_the_robots_own_convention(exchange: Path, tmp_path: Path):
     np.testing.assert_allclose(contract.to_robot(np.full(6, 0.5)), [0.5, -0.5, 0.5, 0.5, -0.5, 0.5])
     with pytest.raises(PolicyError, match="joints elbow_joint are missing; the robot sent"):
         contract.state_from_robot(["gripper"] + [n for n in UR_JOINTS if n != "elbow_joint"], range(6))
+    with pytest.raises(PolicyError, match="7 joint names but 6 positions"):
+        contract.state_from_robot(names, range(6))
+    with pytest.raises(PolicyError, match="joints elbow_joint are there more than once"):
+        contract.state_from_robot([*UR_JOINTS, "elbow_joint"], range(7))
+    with pytest.raises(PolicyError, match="not finite: elbow_joint nan"):
+        contract.state_from_robot(UR_JOINTS, [np.nan if name == "elbow_joint" else 0.1 for name in UR_JOINTS])
 
 
 WRIST, ELBOW = UR_JOINTS.index("wrist_3_joint"), UR_JOINTS.index("elbow_joint")

@@ -173,12 +173,19 @@ class RobotContract:
         come back on these turns.
 
         Raises:
-            PolicyError: the contract names no states, one of them is missing, or `others` has one that is not known.
+            PolicyError: the contract names no states; one of them is missing, there twice or not finite; it cannot be
+                told which position is whose; or `others` has a state that is not known.
         """
         if self.state_names is None:
             raise PolicyError(
                 f"{self.source}: names no joints, so that the robot's cannot be put in the policy's order"
             )
+        if len(names) != len(position_rad):
+            raise PolicyError(
+                f"the robot sent {len(names)} joint names but {len(position_rad)} positions, expected one each"
+            )
+        if twice := sorted({name for name in self.state_names if list(names).count(name) > 1}):
+            raise PolicyError(f"joints {', '.join(twice)} are there more than once; the robot sent {', '.join(names)}")
         by_name, others = dict(zip(names, position_rad, strict=True)), others or {}
         if missing := [name for name in self.state_names if name not in self.state_topics and name not in by_name]:
             raise PolicyError(f"joints {', '.join(missing)} are missing; the robot sent {', '.join(names)}")
@@ -192,6 +199,8 @@ class RobotContract:
                 f"{expected or 'none'}"
             )
         by_name |= others
+        if wrong := [f"{name} {by_name[name]}" for name in self.state_names if not np.isfinite(by_name[name])]:
+            raise PolicyError(f"the robot's state is not finite: {', '.join(wrong)}; the policy was not asked")
         return np.array([by_name[name] for name in self.state_names], np.float64) * self.joint_sign
 
     def to_robot(self, position_rad: np.ndarray) -> np.ndarray:

@@ -415,12 +415,18 @@ class PolicyRunner:
 
     def _check_images(self, images: Mapping[str, np.ndarray]) -> None:
         cameras = self.contract.cameras
+        if not isinstance(images, Mapping):
+            raise PolicyError(
+                f"images are {type(images).__name__}; expected {{camera: (H, W, 3) uint8 RGB}} of {', '.join(cameras)}"
+            )
         if set(images) != set(cameras):
             raise PolicyError(f"images of {', '.join(images) or 'no camera'}; the policy needs {', '.join(cameras)}")
         for camera, image in images.items():
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise PolicyError(f"camera {camera}: found {found}; expected (H, W, 3) uint8 RGB")
+            if not image.size:
+                raise PolicyError(f"camera {camera}: an image of {image.shape[0]}x{image.shape[1]} (HxW) has no pixels")
             if self.contract.image_resize is None and image.shape[:2] != cameras[camera]:
                 raise PolicyError(
                     f"camera {camera}: images are {image.shape[0]}x{image.shape[1]}; the policy was trained on "
