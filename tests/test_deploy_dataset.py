@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -96,6 +97,37 @@ def test_every_frame_equals_what_lerobot_reads(written: Path, name: str) -> None
     for key in expected.files:
         assert expected[key].dtype == found[key].dtype or key.endswith("_index"), key
         assert np.array_equal(expected[key], found[key]), key
+
+
+READ_WITH_AV_15 = """
+import sys
+import av, numpy as np
+from tests.test_deploy_dataset import read_all
+from ur10e_deploy.lerobot_dataset import LeRobotDatasetSource, SourceError
+assert av.__version__.startswith("15."), av.__version__
+for name in sys.argv[3:]:
+    expected, found = np.load(f"{sys.argv[1]}/{name}.npz"), read_all(LeRobotDatasetSource(f"{sys.argv[1]}/{name}"))
+    assert sorted(found) == sorted(expected.files)
+    assert all(np.array_equal(expected[key], found[key]) for key in found), name
+try:
+    read_all(LeRobotDatasetSource(sys.argv[2]))
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_with_the_av_that_lerobot_pins(written: Path, joined: Path, tmp_path: Path) -> None:
+    """LeRobot 0.4.4 and 0.6 pin av 15, beside which our reader is installed: the same frames, and a video that is cut
+    short is noticed there too."""
+    packages = next((launch.PYTHON.parents[1] / "lib").glob("python3*/site-packages"))
+    for name in ("av", "av.libs", next(packages.glob("av-15*")).name):
+        (tmp_path / name).symlink_to(packages / name)
+    cut(joined / VIDEO, 0.6)
+    command = [sys.executable, "-c", READ_WITH_AV_15, str(written), str(joined), "split", "half", "joined-h264"]
+    path = f"{tmp_path}:{ROOT}:{ROOT / 'deploy'}"
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"file-000\.mp4: is cut short: \d+ of the 35 pictures", result.stdout), result.stdout
 
 
 def test_the_datasets_have_what_they_are_there_for(written: Path) -> None:

@@ -431,13 +431,7 @@ class LeRobotDatasetSource:
                 raise SourceError(
                     f"{file}: its frames are {stream.height}x{stream.width} (HxW), info.json says {height}x{width}"
                 )
-            if len(stream.index_entries):
-                last = stream.index_entries[-1]
-                size, needed = file.stat().st_size, last.pos + last.size
-                if size < needed:
-                    raise SourceError(
-                        f"{file}: is cut short: its index reaches to byte {needed}, the file has {size}; copy it again"
-                    )
+            _check_length(file, container, stream)
             codec = stream.codec.canonical_name
             info = self._features[key].get("info") or self._features[key].get("video_info") or {}
             declared = info.get("video.codec")
@@ -618,6 +612,26 @@ def _open_video(file: Path) -> Generator[tuple[Any, Any]]:
                 "own wheel, or convert the videos with ffmpeg -c:v libx264"
             )
         yield container, stream
+
+
+def _check_length(file: Path, container: Any, stream: Any) -> None:
+    """All is there that the file's index names, if it has one. Raises SourceError."""
+    if hasattr(stream, "index_entries"):  # from av 17 on
+        if len(stream.index_entries):
+            last = stream.index_entries[-1]
+            size, needed = file.stat().st_size, last.pos + last.size
+            if size < needed:
+                raise SourceError(
+                    f"{file}: is cut short: its index reaches to byte {needed}, the file has {size}; copy it again"
+                )
+        return
+    # LeRobot 0.4.4 and 0.6 pin av 15, which does not show the index: count what can be read.
+    found = sum(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream))
+    if found < stream.frames:
+        raise SourceError(
+            f"{file}: is cut short: {found} of the {stream.frames} pictures that its index names can be read; copy it "
+            "again"
+        )
 
 
 def _time_s(frame: av.VideoFrame) -> float:
