@@ -73,8 +73,8 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> LoadedP
     A policy that lies in a checkpoint, beside a manifest, is compared with it first.
 
     Args:
-        path: a pretrained_model directory, a checkpoint directory, or an output directory, which stands for its
-            `last`, or without such a link for its newest checkpoint that verifies.
+        path: a pretrained_model directory, a checkpoint directory, or an output directory (ours, or that of LeRobot's
+            trainer), which stands for its `last`; ours without such a link for its newest checkpoint that verifies.
         device: where the network is to run.
 
     Raises:
@@ -119,7 +119,8 @@ def find_pretrained(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; or `last` is there but broken, because an older policy must not run unasked.
     """
-    for directory in (path, path / PRETRAINED_DIR, path / "last" / PRETRAINED_DIR):
+    of_lerobot = path / "checkpoints" / "last" / PRETRAINED_DIR  # in the output directory of lerobot-train
+    for directory in (path, path / PRETRAINED_DIR, path / "last" / PRETRAINED_DIR, of_lerobot):
         if (directory / CONFIG_FILE).exists():
             return directory.resolve()
     if (path / "last").exists():

@@ -21,9 +21,10 @@ import torch
 from ur10e_deploy import compare, offline_eval, report
 from ur10e_deploy.checks import EvalError, check_data, check_source, told_action_mode
 from ur10e_deploy.episode_result import ChunkErrors
+from ur10e_deploy.lerobot_dataset import LeRobotDatasetSource
 from ur10e_deploy.policy_runner import PolicyRunner
 from ur10e_deploy.results import positions_ahead, screen
-from ur10e_deploy.sources import BagSource
+from ur10e_deploy.sources import AbsentVideo, BagSource, EpisodeData
 from ur10e_deploy.ur10e import link_frames
 
 from lerobot_checkpoint import load_policy
@@ -469,6 +470,29 @@ def test_missing_episodes_are_refused_or_skipped_as_asked(trained: Path, sample_
     assert any("episodes 6, 9 are skipped" in note for note in summary["notes"])
     flags = ("--skip-missing-episodes", "--episode", "7")
     assert "none of 7 is in" in refused(capsys, evaluate, trained, tmp_path / "none", *flags, bags=sample_bags)
+
+
+def test_episodes_without_their_videos_are_refused_or_skipped_as_asked(
+    trained: Path, exchange: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """A dataset that was copied in part. (That an absent file raises AbsentVideo is tests/test_deploy_dataset.py's.)"""
+    read, absent = LeRobotDatasetSource.episode, {0}
+
+    def episode(self: LeRobotDatasetSource, index: int) -> EpisodeData:
+        if index in absent:
+            raise AbsentVideo(f"file-{index:03d}.mp4: is absent")
+        return read(self, index)
+
+    monkeypatch.setattr(LeRobotDatasetSource, "episode", episode)
+    flags, dataset = ("--num-steps", "2", "--skip-missing-episodes"), exchange / "dataset"
+    assert "is absent" in refused(capsys, evaluate, trained, tmp_path / "out", "--num-steps", "2", dataset=dataset)
+    assert evaluate(trained, tmp_path / "out", *flags, dataset=dataset) == 0
+    summary = summary_of(tmp_path / "out")
+    assert summary["selection"]["episodes"] == [1]
+    assert "episodes 0 are skipped: videos of theirs are absent" in summary["notes"]
+    absent.add(1)
+    line = refused(capsys, evaluate, trained, tmp_path / "none", *flags, dataset=dataset)
+    assert "none of the 2 episodes has all its videos" in line
 
 
 # -- gates and exit codes ------------------------------------------------------------------------------------------

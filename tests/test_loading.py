@@ -40,6 +40,13 @@ def test_load_policy_takes_any_of_its_directories(saved_once, where):
     assert load_policy(saved_once / where).path == saved_once / "pretrained_model"
 
 
+def test_the_output_directory_of_lerobot_train(pretrained: Path, tmp_path: Path):
+    """outputs/train/NAME/checkpoints/000100/pretrained_model, and a link `last`: as lerobot_train.py leaves them."""
+    shutil.copytree(pretrained, tmp_path / "checkpoints/000100/pretrained_model")
+    (tmp_path / "checkpoints/last").symlink_to("000100")
+    assert load_policy(tmp_path).path == tmp_path / "checkpoints/000100/pretrained_model"
+
+
 def test_output_directory_can_move(run, tmp_path):
     """Links are relative: a copied or mounted output directory still loads."""
     save_checkpoint(tmp_path / "a", 1, **run)

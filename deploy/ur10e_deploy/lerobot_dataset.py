@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -39,7 +40,7 @@ from av.video.reformatter import VideoReformatter
 
 from rosbag_dataset import MAX_PIXELS
 
-from .sources import EpisodeData, Frame, SourceError, frame_range
+from .sources import AbsentVideo, EpisodeData, Frame, SourceError, frame_range
 
 STATE, ACTION, IMAGE_PREFIX = "observation.state", "action", "observation.images."
 ALIASES = {STATE: ("state", "observation.states", "observation.qpos", "qpos"), ACTION: ("actions",)}
@@ -52,7 +53,8 @@ IMAGE_ROWS = 4
 # files and addresses (playlists).
 PICTURES = ("PNG", "JPEG")
 ONLY_THIS_FILE = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
-CONVERTER = "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30"
+# Where LeRobot 0.4 and 0.6 have their converter of older datasets.
+CONVERTERS = ("lerobot.datasets.v30.convert_dataset_v21_to_v30", "lerobot.scripts.convert_dataset_v21_to_v30")
 
 
 class LeRobotDatasetSource:
@@ -106,7 +108,7 @@ class LeRobotDatasetSource:
     def _check_version(self) -> None:
         version = self._info.get("codebase_version")
         meta, folder = self.root / "meta", self.root.resolve()
-        convert = f"{CONVERTER} --repo-id={folder.name} --root={folder.parent} --push-to-hub=false"
+        convert = f"python -m {_converter()} --repo-id={folder.name} --root={folder.parent} --push-to-hub=false"
         joined = (meta / "episodes").is_dir() or "{file_index" in str(self._info.get("data_path"))
         if not isinstance(version, str) or not version.startswith("v3."):
             if joined:
@@ -421,9 +423,9 @@ class LeRobotDatasetSource:
         row, key = self._row(index), IMAGE_PREFIX + camera
         file = self._video_file(row, camera)
         if not file.exists():
-            raise SourceError(
+            raise AbsentVideo(
                 f"{file}: info.json declares videos of {key}, but that of episode {index} is absent; copy it, or leave "
-                "the episode out"
+                "the episode out (--skip-missing-episodes leaves out all such)"
             )
         with _open_video(file) as (container, stream):
             if (stream.height, stream.width) != self.cameras[camera]:
@@ -436,7 +438,7 @@ class LeRobotDatasetSource:
             info = self._features[key].get("info") or self._features[key].get("video_info") or {}
             declared = info.get("video.codec")
             if declared and _codec(declared) != codec:
-                self._note(f"{key}: info.json declares the codec {declared}, {file.name} is {codec}; decoded as such")
+                self._note(f"{key}: info.json declares the codec {declared}, but there is {codec}; decoded as such")
             needed_s, to_s = row[f"videos/{key}/from_timestamp"] + last_s, row[f"videos/{key}/to_timestamp"]
             if needed_s > to_s + TOLERANCE_S:
                 raise SourceError(
@@ -595,6 +597,15 @@ def _codec(name: str) -> str:
         return av.Codec(name, "w").canonical_name
     except ValueError:  # av's UnknownCodecError: ffmpeg here cannot encode it
         return name
+
+
+def _converter() -> str:
+    """The module that converts v2.1 datasets, of the LeRobot that is installed; that of 0.4 if there is none."""
+    for name in CONVERTERS:
+        with contextlib.suppress(Exception):  # a package above it that is not there, or fails to import
+            if importlib.util.find_spec(name):
+                return name
+    return CONVERTERS[0]
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from .config import ACTION_MODES, PolicyError, RobotContract, has_contract
 from .episode_result import ChunkErrors, EpisodeResult
 from .policy_runner import BACKENDS, DEVICES, MODES, PolicyRunner
 from .results import Output, screen, summarise, table
-from .sources import BagSource, EpisodeData, EpisodeSource, SourceError
+from .sources import AbsentVideo, BagSource, EpisodeData, EpisodeSource, SourceError
 
 EXIT_GATE = 3
 THUMBNAILS = 8  # video frames along the time axis of an episode's picture
@@ -182,7 +182,20 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     source: EpisodeSource = dataset or open_bags(args, contract)
     chosen, choice_notes = choose_episodes(source, contract, args.episode, args.skip_missing_episodes)
-    episodes = [source.episode(index) for index in chosen]
+    episodes, without_video = [], []
+    for index in chosen:
+        try:
+            episodes.append(source.episode(index))
+        except AbsentVideo as absent:
+            if not args.skip_missing_episodes:
+                raise
+            without_video.append((index, absent))
+    if without_video:
+        if not episodes:
+            raise EvalError(f"none of the {len(chosen)} episodes has all its videos; the first: {without_video[0][1]}")
+        numbers = ", ".join(str(index) for index, _ in without_video)
+        notes.append(f"episodes {numbers} are skipped: videos of theirs are absent")
+        chosen = [data.index for data in episodes]
     notes += choice_notes + check_source(source, contract) + check_data(episodes, source, runner)
     if args.bags and (trained := [e.name for e in episodes if e.name in contract.training_episodes]):
         notes.append(f"training saw {', '.join(trained)}: errors there say nothing about new episodes")

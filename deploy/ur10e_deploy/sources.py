@@ -47,6 +47,10 @@ class SourceError(Exception):
         super().__init__(" ".join(message.splitlines()))  # names inside damaged files may hold line breaks
 
 
+class AbsentVideo(SourceError):
+    """An episode without its pictures, as in a dataset of which a part was copied."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """One moment of an episode, with its pixels.
