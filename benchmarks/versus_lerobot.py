@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ur10e_deploy import export
 
 import train
 from act_model import ACT
@@ -340,20 +341,27 @@ def inference(options: argparse.Namespace) -> None:
             work = lambda: policy.predict_chunk(observation).cpu()  # noqa: E731
             return [1e3 * common.seconds(work) for _ in range(INFERENCES)]
 
+        onnx, seen = export.OnnxPolicy(export.to_onnx(policy, {})), export.inputs_of(policy, np.random.default_rng(0))
+
+        def with_onnx() -> list[float]:
+            return [1e3 * common.seconds(lambda: onnx(*seen)) for _ in range(INFERENCES)]
+
         try:
             answer()
             theirs_chunk = np.load(folder / "output.npz")["chunk"]
             difference = float(np.abs(theirs_chunk - policy.predict_chunk(observation).cpu().numpy()).max())
             if not difference <= SAME_ACTIONS[device.type]:
                 raise BenchmarkError(f"inference: the two sides' actions differ by {difference:g}; nothing to compare")
-            ours(), answer("5")  # warm up
-            measures = {"ours": ours, "LeRobot": lambda: json.loads(answer(str(INFERENCES)))}
-            ours_ms, theirs_ms = common.alternate(options.rounds, measures).values()
+            ours(), with_onnx(), answer("5")  # warm up
+            measures = {"ours": ours, "LeRobot": lambda: json.loads(answer(str(INFERENCES))), "onnx": with_onnx}
+            ours_ms, theirs_ms, onnx_ms = common.alternate(options.rounds, measures).values()
         finally:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()  # its loop over stdin ends
     shutil.rmtree(folder)
-    kinds = {"ours": ours_ms} | {f"LeRobot, {kind}": [each[kind] for each in theirs_ms] for kind in theirs_ms[0]}
+    kinds = {"ours": ours_ms, "ours, onnx": onnx_ms} | {
+        f"LeRobot, {kind}": [each[kind] for each in theirs_ms] for kind in theirs_ms[0]
+    }
     p50_ms = {name: [statistics.median(times) for times in rounds] for name, rounds in kinds.items()}
     for name, rounds in kinds.items():
         report.row(f"{name}: p50", p50_ms[name], "ms")
@@ -361,6 +369,7 @@ def inference(options: argparse.Namespace) -> None:
     alone, whole = p50_ms["LeRobot, select_action"], p50_ms["LeRobot, with processors"]
     report.ratio("speed of ours to select_action", alone, p50_ms["ours"], at_least=1.5)
     report.ratio("speed of ours to select_action with processors", whole, p50_ms["ours"])
+    report.ratio("speed of ours, onnx, to select_action", alone, p50_ms["ours, onnx"], at_least=2.0)
     report.note(
         f"{options.rounds} rounds of {INFERENCES} on {device}, {options.height}x{options.width}; actions of both sides "
         f"differ by at most {difference:.1e}. Ours normalises and un-normalises, select_action alone does not. "

@@ -124,7 +124,7 @@ def test_versus_lerobot(tmp_path: Path, sample_bags: Path, monkeypatch: pytest.M
     assert targets(training) == {
         "training speed of ours, fp32, to LeRobot's", "speed of ours, fp32, from bags to step 4",
     }  # fmt: skip
-    assert targets(inference) == {"speed of ours to select_action"}
+    assert targets(inference) == {"speed of ours to select_action", "speed of ours, onnx, to select_action"}
     ours_s = next(row["value"] for row in converting["rows"] if row["what"] == "bags to ready to train, ours")
     assert value(converting, "speed of ours to LeRobot's") == pytest.approx(100.0 / ours_s)
 

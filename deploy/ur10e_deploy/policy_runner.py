@@ -5,10 +5,11 @@
     target_rad = runner.command(state_rad, {"color": image})      # (A,) joint positions to command, rad
     print(runner.latency())
 
-Two backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed, and ours, which needs
-no LeRobot. Versions differ in where they normalise (0.3.2 inside the policy, 0.4+ in processors around it), and a
-policy that normalises twice or not at all still gives actions, wrong ones. So when LeRobot's policy is loaded, its
-answer to one observation is compared with ours: only if they agree does it normalise exactly once.
+Three backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed; ours, which needs no
+LeRobot; and onnxruntime with what export.py makes of ours, the fastest on a CPU. LeRobot's versions differ in where
+they normalise (0.3.2 inside the policy, 0.4+ in processors around it), and a policy that normalises twice or not at all
+still gives actions, wrong ones. So when another backend than ours is loaded, its answers are compared with ours: only
+if they agree does it normalise exactly once.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from lerobot_checkpoint import (
 from rosbag_dataset import resize_image
 
 from .config import CONTROL_HZ, ENSEMBLE_M, WARM_UP_INFERENCES, PolicyError, read_contract
+from .export import ExportError, OnnxPolicy, difference_sigma, to_onnx
 
-BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native"), ("auto", "cpu", "cuda", "mps"), (
+BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native", "onnx"), ("auto", "cpu", "cuda", "mps"), (
     "auto", "chunk", "every-step", "ensemble",
 )  # fmt: skip
 # How far LeRobot's actions may be from ours on the same observation, in standard deviations of the action. Rounding
@@ -59,20 +61,69 @@ class CannotLoad(PolicyError):
 # -- backends: raw observations (a batch of B) -> (B, chunk, A) actions in the robot's units ----------------------
 
 
-class NativeBackend:
+class _TorchBackend:
+    """A backend that takes tensors, on a device."""
+
+    _device: torch.device
+
+    def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Actions (B, chunk, A) for a raw observation: see LoadedPolicy.predict_chunk."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def act(self, states: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Actions (B, chunk, A) float32 for states (B, S) float32 and images, camera -> (B, H, W, 3) uint8."""
+        observation = {STATE: torch.from_numpy(states).to(self._device)}
+        for camera, stack in images.items():
+            pixels = torch.from_numpy(stack).to(self._device)  # travels as bytes
+            observation[image_key(camera)] = pixels.permute(0, 3, 1, 2).float() / 255
+        return self.chunk(observation).float().cpu().numpy()
+
+
+class NativeBackend(_TorchBackend):
     """act_model.py with the statistics that load_policy found."""
 
     name, version = "native", None
 
-    def __init__(self, policy: LoadedPolicy) -> None:
-        self._policy = policy
+    def __init__(self, policy: LoadedPolicy, device: torch.device) -> None:
+        self._policy, self._device = policy, device
 
     def chunk(self, observation: Mapping[str, Tensor]) -> Tensor:
         """Actions (B, chunk, A) float32 for a raw observation: see LoadedPolicy.predict_chunk."""
         return self._policy.predict_chunk(observation)
 
 
-class LeRobotBackend:
+class OnnxBackend:
+    """onnxruntime, on the CPU, with what export.py makes of the checkpoint.
+
+    Raises:
+        PolicyError: it cannot be exported, or gives other actions.
+    """
+
+    name = "onnx"
+
+    def __init__(self, policy: LoadedPolicy, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise PolicyError(f"backend onnx runs on the CPU, and the device is {device.type}; use --device cpu")
+        try:
+            self._run = OnnxPolicy(to_onnx(policy, {}))
+            self.version = version("onnxruntime")
+        except ExportError as error:
+            raise PolicyError(f"{policy.path}: backend onnx: {error}; or use --backend native") from None
+        sigma = difference_sigma(policy, self._run)
+        if not sigma <= SAME_ACTIONS_SIGMA:
+            raise PolicyError(
+                f"{policy.path}: onnxruntime {self.version} gives actions {sigma:.3g} standard deviations from ours "
+                f"(at most {SAME_ACTIONS_SIGMA:g} expected); use --backend native"
+            )
+
+    def act(self, states: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """As _TorchBackend.act, one observation after the other."""
+        one = [{camera: stack[i] for camera, stack in images.items()} for i in range(len(states))]
+        return np.stack([self._run(state, seen) for state, seen in zip(states, one, strict=True)])
+
+
+class LeRobotBackend(_TorchBackend):
     """lerobot.policies.act.modeling_act.ACTPolicy, with that version's own normalisation.
 
     Raises:
@@ -92,7 +143,7 @@ class LeRobotBackend:
             raise CannotLoad(f"lerobot cannot be imported ({error})") from None
         except Exception as error:  # noqa: BLE001 - mismatched torch and torchvision raise RuntimeError, and others
             raise CannotLoad(f"lerobot fails to import ({type(error).__name__}: {error})") from None
-        this = f"lerobot {self.version}"
+        self._device, this = device, f"lerobot {self.version}"
         try:
             config: Any = PreTrainedConfig.from_pretrained(policy.path, local_files_only=True)
         except Exception as error:  # noqa: BLE001 - draccus has a dozen kinds
@@ -220,7 +271,8 @@ class PolicyRunner:
     Args:
         checkpoint: pretrained_model directory, checkpoint directory or output directory (its `last`); ours, or written
             by LeRobot 0.3.2 or 0.4+.
-        backend: "lerobot", "native", or "auto": lerobot if it is installed and reads this checkpoint, else native.
+        backend: "lerobot", "native", "onnx", or "auto": lerobot if it is installed and reads this checkpoint, else
+            native.
         device: "cpu", "cuda", "mps", or "auto": the first that is there of cuda, mps, cpu.
         mode: "chunk" executes n_action_steps of each chunk before the next inference; "every-step" infers at each
             step and executes the first action; "ensemble" infers at each step and averages over the chunks that
@@ -266,8 +318,10 @@ class PolicyRunner:
             raise PolicyError(f"n_action_steps is {self.n_action_steps}; expected 1 to {self.chunk_size} (chunk_size)")
         self.ensemble_m = ENSEMBLE_M if coefficient is None else coefficient
 
-        self._backend: NativeBackend | LeRobotBackend = NativeBackend(self.policy)
-        if backend != "native":
+        self._backend: NativeBackend | LeRobotBackend | OnnxBackend = NativeBackend(self.policy, self.device)
+        if backend == "onnx":
+            self._backend = OnnxBackend(self.policy, self.device)
+        elif backend != "native":
             try:
                 self._backend = LeRobotBackend(self.policy, self.device)
             except CannotLoad as error:
@@ -436,15 +490,13 @@ class PolicyRunner:
     def _infer(self, state: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
         return self._infer_batch([(state, images)])[0]
 
-    @torch.inference_mode()
     def _infer_batch(self, observed: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]]) -> np.ndarray:
         """(B, chunk, A) float32 for B checked states (S,) and images."""
-        observation = {STATE: torch.from_numpy(np.stack([state for state, _ in observed])).to(self.device)}
-        for camera in self.contract.cameras:
-            resized = [resize_image(images[camera], self.contract.image_resize) for _, images in observed]
-            pixels = torch.from_numpy(np.stack(resized)).to(self.device)  # travels as bytes
-            observation[image_key(camera)] = pixels.permute(0, 3, 1, 2).float() / 255
-        chunks = self._backend.chunk(observation).float().cpu().numpy()
+        images = {
+            camera: np.stack([resize_image(seen[camera], self.contract.image_resize) for _, seen in observed])
+            for camera in self.contract.cameras
+        }
+        chunks = self._backend.act(np.stack([state for state, _ in observed]), images)
         if not np.isfinite(chunks).all():
             raise PolicyError(
                 "the policy's actions are not finite; they must not reach a robot: use another checkpoint"
