@@ -14,6 +14,7 @@ What was written is loaded again by the runtime that it is for, and compared wit
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from act_model import ACTION, STATE
-from lerobot_checkpoint import CheckpointError, LoadedPolicy, image_key
+from lerobot_checkpoint import CheckpointError, LoadedPolicy, Normalizer, image_key
 
 FORMATS = ("onnx", "torch-export")
 CONTRACT = "contract"  # the name under which a file holds the robot's contract
@@ -49,11 +50,12 @@ class ExportError(Exception):
 
 
 class Deployable(nn.Module):
-    """A loaded policy as a module of tensors: its normalisation inside, pictures as a camera gives them."""
+    """A loaded policy as a module of tensors, on the CPU: its normalisation inside, pictures as a camera gives them."""
 
     def __init__(self, policy: LoadedPolicy) -> None:
         super().__init__()
-        self.model, self._normalizer, self._cameras = policy.model, policy.normalizer, list(policy.image_shapes)
+        self.model = copy.deepcopy(policy.model).cpu().eval()  # the policy's own stays where it is
+        self._normalizer, self._cameras = Normalizer(policy.stats), list(policy.image_shapes)
 
     def forward(self, state: Tensor, *images: Tensor) -> Tensor:
         """Actions (1, chunk, A) float32 for a state (1, S) float32 and each camera's (1, H, W, 3) uint8."""
@@ -84,7 +86,7 @@ def to_onnx(policy: LoadedPolicy, contract: Mapping[str, Any]) -> bytes:
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "policy.onnx")
         names = ["state", *(f"image_{camera}" for camera in policy.image_shapes)]
-        module = Deployable(policy).cpu().eval()
+        module = Deployable(policy)
         torch.onnx.export(
             module, example, str(file), input_names=names, output_names=["actions"], dynamo=True, external_data=False
         )
@@ -97,7 +99,7 @@ def to_torch_export(policy: LoadedPolicy, contract: Mapping[str, Any]) -> bytes:
     """The policy as a program of torch.export."""
     example = _tensors(*inputs_of(policy, np.random.default_rng(0)))
     with _quiet():
-        program = torch.export.export(Deployable(policy).cpu().eval(), example)
+        program = torch.export.export(Deployable(policy), example)
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={CONTRACT: json.dumps(contract)})
     return buffer.getvalue()
