@@ -12,9 +12,9 @@ The way of the data, with the room (module) that does each step:
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
 Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation), reports.py
-(what became of the bags, as text), inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing),
-pruning.py (`python -m rosbag_dataset cache DIR` looks at the cache, and removes from it), definitions.py (message types
-that only the bag knows), errors.py. A training needs neither of these two commands.
+(what became of the bags, as text), definitions.py (message types that only the bag knows), errors.py. Commands, which a
+training does not need: inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), pruning.py
+(`... cache DIR` looks at the cache, and removes from it), listing.py (`... list DIR`: what has to arrive elsewhere).
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
 joint positions and further states. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`,

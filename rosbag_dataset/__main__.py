@@ -1,8 +1,11 @@
-"""`python -m rosbag_dataset DIR` is inspection.main, `python -m rosbag_dataset cache DIR` pruning.main."""
+"""`python -m rosbag_dataset DIR` is inspection.main, with `cache` before DIR pruning.main, with `list` listing.main."""
 
 import sys
 
-from . import inspection, pruning
+from . import inspection, listing, pruning
+
+OTHERS = {"cache": pruning.main, "list": listing.main}
 
 if __name__ == "__main__":
-    sys.exit(pruning.main(sys.argv[2:]) if sys.argv[1:2] == ["cache"] else inspection.main())
+    other = OTHERS.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    sys.exit(other(sys.argv[2:]) if other else inspection.main())
