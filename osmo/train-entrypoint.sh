@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # One attempt at training, as the command of an OSMO task: take up an earlier attempt's checkpoint, train, hand over.
 #
-#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--output=DIR] [--run=NAME] \
-#       [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] [--eval-dataset=DIR [--eval-option=WORD]...] \
-#       LAUNCHER... train.py ARGUMENT...
+#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--upload-to=URL] [--output=DIR] \
+#       [--run=NAME] [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] \
+#       [--eval-dataset=DIR [--eval-option=WORD]...] LAUNCHER... train.py ARGUMENT...
 #
 # Whatever a submission can set is checked first, so that nothing of it is found wrong hours later: names, urls, numbers
-# here; every setting by train.py, at its start, or before that where --download or --eval-dataset is given.
+# here; every setting by train.py, at its start, or by check_settings.py where --download or --eval-dataset is given.
 #
 # The recordings lie in --bags, or below --bags-dataset as OSMO lays a dataset out. LAUNCHER is `python`, or `torchrun`
 # with its options. --resume is added: an attempt goes on from the newest complete checkpoint in its own directory (a
 # restart on the same node), else from the one in --resume-from (another node). --download is run before, and then this
-# script again. --eval-dataset is what the next task evaluates on, of which only the metadata have to be there.
-# Only a completed run is copied to --output, because OSMO uploads what lies there after a failure as well.
+# script again. --eval-dataset is what the next task evaluates on. Only a completed run is copied to --output, because
+# OSMO uploads what lies there after a failure as well. Beside the training run heartbeat.py, for the next attempt, and
+# uploads.py, which sends the run to --upload-to. Every end but SIGKILL passes through finish().
 #
 # Exit codes: 0 complete, 1 failed, 75 run it again (the workflows reschedule it). torchrun turns every code into 1,
 # so what it ended with is told by the marker and the error line that train.py leaves.
@@ -31,14 +32,15 @@ die() {
 
 # -- check what was asked for -------------------------------------------------------------------------------------
 
-bags='' folders=0 resume_from='' output='' run=unnamed workflow='' storage_url='' gpus=1 download='' eval_dataset=''
-again=() eval_options=()
+bags='' folders=0 resume_from='' upload_to='' output='' run=unnamed workflow='' storage_url='' gpus=1 download=''
+eval_dataset='' again=() eval_options=()
 while (($#)); do
   [[ $1 == --download=* || $1 != --* ]] || again+=("$1")
   case $1 in
     --bags=*) bags=${1#*=} ;;
     --bags-dataset=*) bags=${1#*=} folders=2 ;;
     --resume-from=*) resume_from=${1#*=} ;;
+    --upload-to=*) upload_to=${1#*=} ;;
     --output=*) output=${1#*=} ;;
     --run=*) run=${1#*=} ;;
     --workflow=*) workflow=${1#*=} ;;
@@ -64,7 +66,8 @@ if [[ -n $storage_url ]]; then
 elif [[ -n $workflow && $run != "$workflow" ]]; then
   die "run: found '$run', but no storage_url, and without one there is no earlier run to continue; give both, or neither"
 fi
-nodes=$(option nnodes "$*") ranks_here=$(option nproc_per_node "$*") # of torchrun
+nodes=$(option nnodes "$*") node=$(option node_rank "$*") ranks_here=$(option nproc_per_node "$*") # of torchrun
+: "${node:=0}"
 [[ ${nodes:=1} =~ $whole ]] || die "n_nodes: found '$nodes', expected a whole number of at least 1"
 [[ ${ranks_here:=1} =~ $whole ]] || die "gpus_per_node: found '$ranks_here', expected a whole number of at least 1"
 [[ $gpus == [01] ]] ||
@@ -116,7 +119,30 @@ forward() {
   kill -TERM ${ranks:-$child} 2>/dev/null || true
 }
 trap forward TERM INT
-trap '[[ -z $log ]] || rm -f "$log"' EXIT
+
+heartbeat() { # ACTION [NAME=VALUE]
+  python "$here/heartbeat.py" "$1" "$run_dir" node="$node" command="$HEARTBEAT_COMMAND" earlier="$resume_from" \
+    upload_to="${upload_to:+$upload_to/$(basename "$run_dir")}" "${@:2}"
+}
+beside=() # processes beside the training
+finish() {
+  local rc=$?
+  trap '' TERM INT
+  [[ -z $log ]] || rm -f "$log"
+  if [[ -n ${HEARTBEAT_COMMAND:-} ]]; then
+    if [[ -n ${beside[*]} ]]; then
+      kill "${beside[@]}" 2>/dev/null || true
+      wait "${beside[@]}" 2>/dev/null || true
+    fi
+    heartbeat end code="$rc" || true
+    if [[ -n $upload_to && $node == 0 ]]; then # a run that has not arrived is no success: 75 goes on from what has
+      python "$here/uploads.py" send "$run_dir" --to="$upload_to" || ((rc)) || rc=75
+      ((rc)) || say "complete: the run is in $upload_to"
+    fi
+  fi
+  exit "$rc"
+}
+trap finish EXIT
 
 # What is hours away, a download or an evaluation, is checked with all settings before: train.py would do so too late.
 if [[ -n $eval_dataset ]]; then
@@ -124,76 +150,20 @@ if [[ -n $eval_dataset ]]; then
     "${eval_options[@]}") || end_before_training
 fi
 if [[ -n $download$eval_dataset ]]; then
-  PYTHONPATH=$here python - "$eval_dataset" "$@" <<'PY' || end_before_training
-import json, sys
-from pathlib import Path
+  python "$here/check_settings.py" "$eval_dataset" "$@" || end_before_training
+fi
+[[ -z $asked ]] || end_before_training
 
-from train import load_config
-from training.errors import ConfigError
-
-
-def die(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-dataset, *words = sys.argv[1:]
-config = next(word for word in words if word.startswith("--config=")).partition("=")[2]
-try:
-    cfg = load_config(Path(config), [w.partition("=")[2] for w in words if w.startswith("--override=")])
-except ConfigError as error:
-    die(error)
-if not dataset:
-    sys.exit()
-
-
-def read(name):
-    path = Path(dataset, "meta", name)
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else die(f"{path}: expected a JSON object")
-    except FileNotFoundError:
-        return {}  # stats.json alone can be absent
-    except (OSError, ValueError) as error:
-        die(f"{path}: cannot be read as JSON ({error}); upload the evaluation dataset again")
-
-
-def mean(stats, key):
-    values = (stats.get(key) or {}).get("mean")
-    return values if isinstance(values, list) and all(isinstance(v, (int, float)) for v in values) else []
-
-
-# Whether the actions are differences or positions, as the evaluator tells it from the recorded numbers.
-stats = read("stats.json")
-action, state = mean(stats, "action"), mean(stats, "observation.state")
-far_from_state = sum(abs(a - s) for a, s in zip(action, state))
-size = sum(map(abs, action))
-kind = "absolute" if far_from_state * 5 < size else "delta" if size * 5 < far_from_state else None
-wanted_kind = "delta" if cfg.conventions.action_mode == "delta" else "absolute"  # relative ones are evaluated as positions
-
-info = read("info.json")
-features = info.get("features") or {}
-joints = (features.get("action") or {}).get("shape")
-cameras = [f"observation.images.{name}" for name in cfg.cameras]
-fps = info.get("fps")
-version = str(info.get("codebase_version"))
-rules = [
-    (version.startswith("v3."), f"codebase_version is {version}", "v3.0, the format of LeRobot 0.4"),
-    (isinstance(fps, (int, float)) and abs(fps / cfg.data.fps - 1) <= 0.01, f"fps is {fps}", f"data.fps {cfg.data.fps:g}"),
-    (joints == [len(cfg.data.joint_names)], f"the shape of action is {joints}", f"[{len(cfg.data.joint_names)}], one per joint"),
-    (set(cameras) <= set(features), f"the features are {', '.join(features)}", f"{', '.join(cameras)} among them"),
-    (kind in (None, wanted_kind), f"by their means in stats.json, the actions are {kind}",
-     f"{wanted_kind} ones, as conventions.action_mode={cfg.conventions.action_mode} has them"),
-]
-for holds, found, expected in rules:
-    if not holds:
-        die(f"{dataset}: the evaluation dataset does not fit the training: {found}, expected {expected}")
-PY
+mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
+if [[ -z ${HEARTBEAT_COMMAND:-} ]]; then # not after the download again
+  HEARTBEAT_COMMAND=$( (echo "$run $workflow $*" && cat "$(option config "$*")" || true) 2>/dev/null |
+    sed 's/--master_addr=[^ ]*//' | cksum) # another submission is another try
+  export HEARTBEAT_COMMAND
+  heartbeat begin || exit 1
 fi
 [[ -z $asked ]] || end_before_training
 [[ -z $download ]] || exec bash "$download" bash "$0" "${again[@]}" "$@"
 
-mkdir -p "$run_dir" "$(dirname "$bags_dir")" || die "$run_dir: cannot be made; the image makes /output and /data"
 if [[ -n $bags ]]; then
   [[ -d $bags ]] || die "$bags: no such directory; the task's first input has to be the recordings"
   [[ -L $bags_dir || ! -e $bags_dir ]] || die "$bags_dir: there already, and no link; the recordings would be ignored"
@@ -209,41 +179,23 @@ if [[ -n $bags ]]; then
   ln -sfn "$bags" "$bags_dir"
 fi
 
+# OSMO's uploads leave out linked folders without a word, and end with 0 when some of them failed.
+list=$bags_dir/bags.txt
+if [[ -s $list ]]; then
+  missing=$(find -L "$bags_dir/" -type f -printf '%s\t%P\n' | grep -Fxvf - "$list" || true)
+  [[ -z $missing ]] ||
+    die "$bags_dir: $(wc -l <<<"$missing") of the $(wc -l <"$list") files in bags.txt did not arrive whole:" \
+      "$(cut -f 2 <<<"$missing" | head -n 3 | paste -sd ' '); list and upload them again, copies in place of linked folders"
+else
+  say "note: no bags.txt with the recordings, so nobody knows whether all of them arrived (README.md, Submit)"
+fi
+
 # -- take up what an earlier attempt left -------------------------------------------------------------------------
 
-if [[ -n $resume_from ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; then
+if [[ -n $resume_from && $node == 0 ]] && ! compgen -G "$run_dir/checkpoint_*" >/dev/null; then
   [[ -d $resume_from ]] || die "--resume-from=$resume_from: no such directory; the input with the earlier attempt"
-  PYTHONPATH=$here python - "$resume_from/$(basename "$run_dir")" "$run_dir" <<'PY' || die "could not take up $resume_from"
-import os, shutil, sys
-from pathlib import Path
-from lerobot_checkpoint import CheckpointError, best_checkpoint, newest_checkpoint, verify_checkpoint
-
-earlier, run_dir = map(Path, sys.argv[1:])
-
-
-def fetch(checkpoint):
-    partial = run_dir / f".tmp-{checkpoint.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial)
-    os.rename(partial, run_dir / checkpoint.name)
-
-
-newest = newest_checkpoint(earlier, on_bad=lambda line: print(f"train-entrypoint: passed over {line}"))
-if newest is None:
-    print(f"train-entrypoint: no complete checkpoint of an earlier attempt in {earlier}: starting at step 0")
-    sys.exit()
-if (earlier / "metrics.jsonl").exists():
-    shutil.copy(earlier / "metrics.jsonl", run_dir)
-fetch(newest)
-print(f"train-entrypoint: taking up {newest.name} of an earlier attempt")
-best = best_checkpoint(earlier)  # train.py points `best` at it again: links are not uploaded
-if best is not None and best.name != newest.name:
-    try:
-        verify_checkpoint(best)
-        fetch(best)
-    except CheckpointError as error:
-        print(f"train-entrypoint: the best checkpoint so far is lost: {error}")
-PY
+  python "$here/uploads.py" take-up "$run_dir" "$resume_from/$(basename "$run_dir")" ||
+    die "could not take up $resume_from"
 fi
 
 # -- train --------------------------------------------------------------------------------------------------------
@@ -260,6 +212,12 @@ export PYTHONUNBUFFERED=1
 rm -f "$run_dir/stopped.json"
 [[ -z $asked ]] || end_before_training
 
+heartbeat watch &
+beside+=("$!")
+if [[ -n $upload_to && $node == 0 ]]; then
+  python "$here/uploads.py" watch "$run_dir" --to="$upload_to" &
+  beside+=("$!")
+fi
 if [[ $(basename "$1") == torchrun ]]; then
   log=$(mktemp)
   "$@" --resume 2>>"$log" &
@@ -278,8 +236,11 @@ while :; do # `wait` also returns when a signal arrives; the trainer then saves,
 done
 [[ -z $log ]] || wait "$tail_pid" || true
 
+want="most likely for want of memory; raise \`memory\`, or lower training.batch_size or training.num_workers"
 if [[ -n $asked ]] && ((rc == 143)); then
   rc=75 # the signal came before train.py could heed it
+elif [[ -z $log ]] && ((rc == 137)); then
+  echo "error: train-entrypoint: the training was killed, $want" >&2
 elif [[ -n $log ]] && ((rc == 1)); then
   # The failing rank's own line, or Python's last one (torch.AcceleratorError, but not torchrun's torch.distributed...);
   # a victim's line is no reason.
@@ -293,8 +254,7 @@ elif [[ -n $log ]] && ((rc == 1)); then
     rc=1
   elif [[ $first == -9 ]]; then
     rc=137
-    echo "error: train-entrypoint: a rank of this node was killed, most likely for want of memory; raise \`memory\`," \
-      "or lower training.batch_size or training.num_workers" >&2
+    echo "error: train-entrypoint: a rank of this node was killed, $want" >&2
   elif [[ $first =~ ^-(4|7|8|11)$ ]]; then
     rc=1
     echo "error: train-entrypoint: a rank of this node crashed with signal ${first#-} (7: most likely /dev/shm is full," \
@@ -317,13 +277,13 @@ fi
 
 # -- hand over ----------------------------------------------------------------------------------------------------
 
+for link in last best; do # OSMO uploads no links to directories
+  [[ ! -L $run_dir/$link ]] || readlink "$run_dir/$link" >"$run_dir/$link.txt"
+done
 [[ -n $output ]] || exit 0
 delivered=$output/$(basename "$run_dir")
 rm -rf "$delivered"
 if ! mkdir -p "$delivered" || ! cp -r "$run_dir"/[!.]* "$delivered"; then
   die "$output: could not copy the run there; it is still in $run_dir"
 fi
-for link in last best; do # OSMO uploads no links to directories
-  [[ ! -L $run_dir/$link ]] || readlink "$run_dir/$link" >"$delivered/$link.txt"
-done
 say "complete: $(find "$delivered" -maxdepth 1 -name 'checkpoint_*' | wc -l) checkpoints handed over to $output"

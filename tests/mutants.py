@@ -58,6 +58,7 @@ SCORES = "test_run_dir.py::test_a_checkpoint_that_was_never_written_is_not_the_b
 TURNS = "test_statistics.py::test_a_pose_near_pi_has_one_target_and_its_motion_is_visible"
 COMMANDS = "test_deploy_policy.py::test_an_absolute_action_is_commanded_where_the_joint_is"
 FOLLOW = "test_rollout.py::test_commands_follow_deltas_from_the_last_command_and_absolutes_as_they_are"
+ATTEMPTS = "test_osmo_ends.py::test_out_of_memory_twice_in_a_row_is_the_end"
 SPLIT = "test_train.py::test_training_and_validation_see_their_own_episodes"
 
 MUTANTS = [
@@ -451,6 +452,23 @@ MUTANTS = [
            'method="higher"', 'method="lower"', PERCENTILES),
     Mutant("runner: real-time on average is real-time", "deploy/ur10e_deploy/policy_runner.py",
            'p99 = inference["p99_ms"]', 'p99 = inference["p50_ms"]', PERCENTILES),
+    # On OSMO.
+    Mutant("osmo: file cache counts as memory in use", "osmo/heartbeat.py", "0) - cache", "0)",
+           f"{ATTEMPTS}[full of file cache]"),
+    Mutant("osmo: a restart in place counts as out of memory", "osmo/heartbeat.py", "    if same_container:",
+           "    if False:", f"{ATTEMPTS}[restarted in place, with the others]"),
+    Mutant("osmo: a preempted run counts as out of memory", "osmo/heartbeat.py", "and level(last) == 2)", ")",
+           f"{ATTEMPTS}[preempted twice, early]"),
+    Mutant("osmo: the first time is forgotten", "osmo/heartbeat.py", 'last["out_of_memory"] if same', "0 if same",
+           f"{ATTEMPTS}[twice]"),
+    Mutant("osmo: more memory does not help", "osmo/heartbeat.py", '0 < now["limit"] <= last["limit"]', "True",
+           f"{ATTEMPTS}[more memory since]"),
+    Mutant("osmo: a failed upload counts", "osmo/uploads.py", "(files != len(new) or size < expected)", "False",
+           "test_osmo_ends.py::test_what_did_not_arrive_does_not_count"),
+    Mutant("osmo: every file is sent again", "osmo/uploads.py", "if self.sent.get(name) != stamp", "if True",
+           "test_osmo_ends.py::test_each_checkpoint_is_sent_once_and_removed_with_the_runs"),
+    Mutant("osmo: a newer checkpoint of another attempt is removed", "osmo/uploads.py", "if steps[folder] <= newest",
+           "if True", "test_osmo_ends.py::test_what_earlier_attempts_left_goes_when_it_is_old"),
 ]  # fmt: skip
 
 

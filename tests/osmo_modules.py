@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OSMO = ROOT / "osmo"
 IMPORT_ROOTS = (ROOT, ROOT / "deploy")  # what pyproject.toml's package-dir says
-INJECTED = (ROOT / "train.py", OSMO / "train-entrypoint.sh", OSMO / "download-blob.sh")  # with Python in them
+SCRIPTS = (OSMO / "uploads.py", OSMO / "check_settings.py", OSMO / "heartbeat.py")  # injected, each by its own line
+INJECTED = (ROOT / "train.py", OSMO / "train-entrypoint.sh", OSMO / "download-blob.sh", *SCRIPTS)  # Python, or with it
 COMMAND = "python -m tests.osmo_modules --write"
 LISTED = re.compile(r"^  modules: >-.*\n((?:    .*\n)+)", re.MULTILINE)
 
@@ -93,7 +94,7 @@ def python_in(path: Path) -> list[str]:
 
 def modules() -> list[str]:
     """What the workflows have to inject, relative to the root: first what lies there, then package by package."""
-    names = [path.relative_to(ROOT).as_posix() for path in imported_modules(*INJECTED)]
+    names = [path.relative_to(ROOT).as_posix() for path in imported_modules(*INJECTED) - set(SCRIPTS)]
     return sorted(names, key=lambda name: ("/" in name, name))
 
 

@@ -4,8 +4,9 @@
     done = box.run()                                               # its command, verbatim; exit code, output
 
 The command sees a file system of its own (a mount namespace and a chroot): /workspace with the injected files only,
-/osmo/data/input/N laid out as OSMO downloads each kind of input, and empty /osmo/data/output, /data and /output, which
-stay between runs of the same box, as in a pod that is restarted in place. Everything else is this machine's.
+/osmo/data/input/N laid out as OSMO downloads each kind of input, the command `osmo` (osmo_data.py) at the end of PATH,
+and empty /osmo/data/output, /data and /output, which stay between runs of the same box, as in a pod that is restarted
+in place. Everything else is this machine's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 
 from rosbag_dataset import load_episodes, open_pixels
+from tests import osmo_data
 from tests.azurite import NODE_BIN
 from tests.bags import settings
 from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
@@ -82,7 +84,8 @@ def tiny(**changes: object) -> str:
 
 
 class TaskBox:
-    """One task on one node. `inputs` are the folders that its inputs come from, by number."""
+    """One task on one node. `inputs` are the folders that its inputs come from, by number; in the folder `storage` is
+    what its storage url holds. `memory`: what its cgroup says is in use, and is the limit."""
 
     def __init__(
         self,
@@ -92,6 +95,8 @@ class TaskBox:
         network: str | None = None,
         hosts: dict[str, str] | None = None,
         shm_mib: int | None = 512,
+        storage: Path | None = None,
+        memory: tuple[int, int] | None = None,
         **environment: str,
     ) -> None:
         self.folder, self.task, self._network = folder, task, network
@@ -103,6 +108,9 @@ class TaskBox:
             path.parent.mkdir(parents=True, exist_ok=True)  # as the container runtime makes mount points
             path.write_text(file["contents"], encoding="utf-8")
             path.chmod(0o644)  # OSMO sets no exec bit
+        osmo_data.install(folder / "osmo/usr/bin")
+        self.storage = storage or folder / "storage"
+        self.use_memory(*(memory or (1, 100)))
         for number, source in enumerate(task.get("inputs", [])):
             place_input(folder / f"osmo/data/input/{number}", source, (inputs or {})[number])
         if hosts:
@@ -110,7 +118,9 @@ class TaskBox:
             (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
         bins = f"{Path(sys.executable).parent}:{NODE_BIN}"
         self._environment = {
-            "PATH": f"{bins}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "PATH": f"{bins}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/osmo/usr/bin",
+            "OSMO_STORAGE": str(self.storage),
+            "CGROUP_DIR": str(folder / "cgroup"),
             "HOME": os.environ.get("HOME", "/root"),
             "OMP_NUM_THREADS": "1",
             "SHM_MIB": str(shm_mib or ""),
@@ -128,6 +138,16 @@ class TaskBox:
     def delivered(self) -> Path:
         """{{output}}: what OSMO would upload."""
         return self.folder / OUTPUT
+
+    @property
+    def stored(self) -> Path:
+        """What its storage url holds of its run: the input that the next attempt gets."""
+        (url,) = (word.partition("=")[2] for word in self.task["args"] if word.startswith("--upload-to="))
+        return self.storage / url.partition("://")[2]
+
+    def use_memory(self, used: int, limit: int, kills: int = 0) -> None:
+        """What the box's cgroup, of version 2, says from now on."""
+        write_cgroup(self.folder / "cgroup", used, limit, kills=kills)
 
     def log(self) -> str:
         """All that the runs have printed so far."""
@@ -213,15 +233,26 @@ def place_input(target: Path, source: dict[str, Any], folder: Path) -> None:
     shutil.copytree(folder, target, symlinks=False, dirs_exist_ok=True, ignore=not_asked_for)
 
 
-def upload(folder: Path, target: Path) -> None:
-    """What `osmo data upload` of `folder` leaves in `target`: links to directories do not travel, hidden files are
-    kept out by the workflow's `regex`."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            relative = Path(root, name).relative_to(folder.parent)
-            if not any(part.startswith(".") for part in relative.parts):
-                (target / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(Path(root, name), target / relative)
+def write_cgroup(folder: Path, used: int, limit: int | None, cache: int = 0, kills: int = 0, v1: bool = False) -> None:
+    """The files of a memory cgroup, of version 2 or 1: bytes in use, file cache beside, limit, processes killed."""
+    folder = folder / "memory" if v1 else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if v1:
+        none, prefix = 9223372036854771712, "total_"
+        names = ("memory.usage_in_bytes", "memory.limit_in_bytes", "memory.oom_control")
+    else:
+        none, prefix, names = "max", "", ("memory.current", "memory.max", "memory.events")
+    stat = f"anon {used}\n{prefix}inactive_file {cache // 2}\n{prefix}active_file {cache - cache // 2}\n"
+    content = {
+        names[0]: used + cache,
+        names[1]: limit or none,
+        names[2]: f"oom 0\noom_kill {kills}",
+        "memory.stat": stat,
+    }
+    for name, text in content.items():
+        partial = folder / f".{name}"
+        partial.write_text(f"{text}\n")
+        partial.replace(folder / name)
 
 
 def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: int) -> Path:

@@ -6,6 +6,7 @@ address. OSMO's part, restarting a group, is played by killing and starting comm
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 
 from lerobot_checkpoint import list_checkpoints, verify_checkpoint
 from tests.osmo_spec import place, submit
-from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny, upload
+from tests.osmo_task import WORKFLOWS, TaskBox, require, tiny
 from tests.tiny import metrics
 
 LEAD, FOLLOWER = "train-act-ddp", "train-act-ddp-1"
@@ -67,7 +68,8 @@ def nodes(networks: dict[str, str], sample_bags: Path, tmp_path: Path) -> Iterat
             hosts[socket.gethostname()] = ADDRESSES[name]  # as Kubernetes writes it
             environment = {"PEER_WAIT_S": str(peer_wait_s), "GLOO_SOCKET_IFNAME": f"o{os.getpid()}-{name[-1]}"}
             inputs, folder = {0: sample_bags, 1: stored}, tmp_path / attempt / name
-            made.append(TaskBox(folder, task, inputs, network=networks[name], hosts=hosts, **environment))
+            common = dict(network=networks[name], hosts=hosts, storage=tmp_path / "storage")
+            made.append(TaskBox(folder, task, inputs, **common, **environment))
         return made[-2], made[-1]
 
     yield make
@@ -106,18 +108,20 @@ def test_a_lost_lead_comes_back_on_another_node(nodes, tmp_path: Path):
     (tmp_path / "nothing").mkdir()
     lead, follower = nodes(training__steps=8, stored=tmp_path / "nothing")
     lead.start(), follower.start()
-    lead.wait_for(lead.run_dir / "checkpoint_000003")
-    upload(lead.run_dir, tmp_path / "stored")
+    lead.wait_for("uploaded checkpoint_000003")
     lead.lose()
     follower.wait_for("another node stopped or was lost; waiting up to 60 s")
     follower.kill()
     time.sleep(1)
-    lead, _ = nodes(training__steps=8, stored=tmp_path / "stored", attempt="again")
+    lead, _ = nodes(training__steps=8, stored=lead.stored, attempt="again")
     processes = lead.start(), follower.start()
     assert [box.wait(process) for box, process in zip((lead, follower), processes, strict=True)] == [0, 0], lead.log()
     assert "taking up checkpoint_00000" in lead.log()
     assert [m["step"] for m in metrics(lead.run_dir)] == list(range(1, 9)), "the curve has no gap"
-    verify_checkpoint(list_checkpoints(lead.delivered / "train-rosbag-act")[-1])
+    verify_checkpoint(list_checkpoints(lead.stored / "train-rosbag-act")[-1])
+    for rank, code in ((0, 0), (1, 0)):
+        name = f".heartbeat{f'-{rank}' if rank else ''}.json"
+        assert json.loads((lead.stored / "train-rosbag-act" / name).read_text())["code"] == code, "a word of each node"
 
 
 @pytest.mark.parametrize("asked", ["lead", "follower"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,9 +23,8 @@ from ur10e_deploy import offline_eval
 from lerobot_checkpoint import list_checkpoints, load_policy, set_score, verify_checkpoint
 from tests.mlflow_server import MlflowServer
 from tests.once import once
-from tests.osmo_modules import python_in
 from tests.osmo_spec import place, submit
-from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, upload, write_evaluation_dataset
+from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, write_evaluation_dataset
 from tests.tiny import metrics
 
 STORAGE = "storage_url=azure://account/container/prefix"
@@ -115,21 +115,19 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
     """SIGTERM: 75, and nothing handed over. What was uploaded, torn in its newest checkpoint, is taken up by a pod
     that has nothing else, to the same weights as without the interruption; `best` is found again."""
     base = task("osmo-workflow.yaml", STORAGE)
-    stored = tmp_path / "stored"
     first = TaskBox(tmp_path / "first", base, {0: sample_bags, 1: nothing})
     process = first.start()
     first.wait_for(first.run_dir / "checkpoint_000003")
     process.send_signal(signal.SIGTERM)
     assert first.wait(process) == 75, first.log()
-    assert "no complete checkpoint of an earlier attempt" in first.log()
+    assert "no checkpoint of an earlier attempt" in first.log()
     assert not any(first.delivered.iterdir())
 
-    upload(first.run_dir, stored)
-    checkpoints = list_checkpoints(stored / "train-rosbag-act")
-    assert len(checkpoints) >= 2 and not (stored / "train-rosbag-act/last").exists()
+    checkpoints = list_checkpoints(first.stored / "train-rosbag-act")
+    assert len(checkpoints) >= 2 and not (first.stored / "train-rosbag-act/last").exists()
     torn = checkpoints[-1] / "training_state/training_state.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
-    second = TaskBox(tmp_path / "second", base, {0: sample_bags, 1: stored})
+    second = TaskBox(tmp_path / "second", base, {0: sample_bags, 1: first.stored}, storage=first.storage)
     assert second.run() == 0, second.log()
     assert f"taking up {checkpoints[-2].name} of an earlier attempt" in second.log()
     assert "passed over" in second.log() and "truncated" in second.log()
@@ -137,20 +135,25 @@ def test_an_evicted_run_goes_on_on_another_node(finished: Path, sample_bags: Pat
     assert [m["step"] for m in metrics(second.run_dir)] == list(range(1, 10)), "the curve has no gap"
     assert [m["loss"] for m in metrics(second.run_dir)] == [m["loss"] for m in metrics(finished / RUN_DIR)]
     assert os.readlink(second.run_dir / "best") == os.readlink(finished / RUN_DIR / "best")
+    handed = second.stored / "train-rosbag-act"
+    assert same_weights(handed, finished / RUN_DIR) and (handed / "summary.json").exists()
+    assert (handed / "best.txt").read_text().strip() == os.readlink(second.run_dir / "best")
+    assert not any(second.delivered.iterdir()), "OSMO would upload all of it again"
 
 
 def test_the_best_checkpoint_is_found_again(finished: Path, sample_bags: Path, tmp_path: Path):
     """Links are not uploaded: the lowest score in the checkpoints tells which it was, and only that one and the newest
     are taken up. (The run is complete: no later checkpoint can become the best.)"""
     stored = tmp_path / "stored"
-    upload(finished / RUN_DIR, stored)
+    left_out = shutil.ignore_patterns(".*", "last", "best")
+    shutil.copytree(finished / RUN_DIR, stored / "train-rosbag-act", ignore=left_out)
     for step, score in {3: 2.0, 6: 1.0, 9: 3.0}.items():
         set_score(stored / f"train-rosbag-act/checkpoint_{step:06d}", score)
     box = TaskBox(tmp_path / "box", task("osmo-workflow.yaml", STORAGE), {0: sample_bags, 1: stored})
     assert box.run() == 0, box.log()
     assert [each.name for each in list_checkpoints(box.run_dir)] == ["checkpoint_000006", "checkpoint_000009"]
     assert os.readlink(box.run_dir / "best") == "checkpoint_000006"
-    assert (box.delivered / "train-rosbag-act/best.txt").read_text() == "checkpoint_000006\n"
+    assert (box.stored / "train-rosbag-act/best.txt").read_text() == "checkpoint_000006\n"
 
 
 def test_a_stop_before_the_training_is_run_again(sample_bags: Path, nothing: Path, tmp_path: Path):
@@ -319,26 +322,19 @@ DATASETS = {  # what is asked of the training, what is changed in the dataset, t
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def entry_check() -> Any:
-    """The check of the evaluation dataset in train-entrypoint.sh, as a function of its arguments; imported once."""
-    (code,) = [c for c in python_in(WORKFLOWS / "train-entrypoint.sh") if "load_config" in c]
-    return compile(code, "train-entrypoint.sh", "exec")
-
-
 @pytest.mark.parametrize("changes, damage, message", DATASETS.values(), ids=list(DATASETS))
 def test_an_evaluation_dataset_that_does_not_fit_is_refused(
-    changes: dict[str, object], damage: dict[str, object], message: str, entry_check, tmp_path: Path,
+    changes: dict[str, object], damage: dict[str, object], message: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    """The evaluation would refuse it, after the training. (The script's own Python, run here: torch is imported once;
-    the next test and the chain below run it from the script.)"""
+    """The evaluation would refuse it, after the training. (check_settings.py, run here: torch is imported once; the
+    next test and the chain below run it from the script.)"""
     folder = write_metadata(tmp_path / "dataset", **damage)
     words = [a for a in task(EVAL, **changes)["args"] if a.startswith("--override=")]
     config = f"--config={WORKFLOWS / 'osmo-config.yaml'}"
     monkeypatch.setattr("sys.argv", ["-", str(folder), "python", "train.py", config, *words])
     with pytest.raises(SystemExit) as end:
-        exec(entry_check, {"__name__": "__main__"})  # noqa: S102 - our own script
+        runpy.run_path(str(WORKFLOWS / "check_settings.py"), run_name="__main__")
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line

@@ -202,12 +202,15 @@ def test_the_injected_files_are_complete(path: Path):
     wanted = set(modules())
     for task in training_tasks(unread):
         local = {f["path"].removeprefix("/workspace/"): OSMO / f["localpath"] for f in task["files"]}
-        assert {name for name in local if name.endswith(".py")} == wanted, f"to put this right: {COMMAND}"
+        ours = {name for name in local if name.endswith(".py") and not (OSMO / name).is_file()}
+        assert ours == wanted, f"to put this right: {COMMAND}"
         assert all((ROOT / name).samefile(local[name]) for name in wanted), "the same place here and there"
         words = task["command"] + [word.rpartition("=")[2] for word in task["args"]]
         scripts = {word.removeprefix("/workspace/") for word in words if re.match("/workspace/.*[.]sh$", word)}
-        if any(word.startswith("--eval-dataset=") for word in task["args"]):
-            scripts.add("eval-entrypoint.sh")
+        options = {word.partition("=")[0] for word in task["args"]}
+        scripts |= {"eval-entrypoint.sh"} if "--eval-dataset" in options else set()
+        scripts |= {"check_settings.py"} if {"--eval-dataset", "--download"} & options else set()
+        scripts |= {"heartbeat.py"} | ({"uploads.py"} if "ddp" not in path.name or task.get("lead") else set())
         assert set(local) == wanted | scripts | {"config.yaml"}
         assert local["config.yaml"] == config_of(path)
 
@@ -263,8 +266,9 @@ def test_what_the_workflows_share_is_the_same(storage: tuple[str, ...]):
         for task in training_tasks(spec):
             lead = "ddp" not in path.name or task.get("lead", False)
             inputs = [i for i in task.get("inputs", []) if "rosbags" in str(i)]
-            own = ("config.yaml", "download-blob.sh", "eval-entrypoint.sh")
-            text = str([task.get("outputs"), task.get("checkpoint")]) if lead else "nothing"
+            own = ("config.yaml", "download-blob.sh", "eval-entrypoint.sh", "check_settings.py", "uploads.py")
+            uploads = [word for word in task["args"] if word.startswith("--upload-to=")]
+            text = str([task.get("outputs"), uploads]) if lead else "nothing"
             shared[f"{path.name} {task['name']}"] = {
                 "image": task["image"],
                 "resources": spec["workflow"]["resources"],
@@ -289,7 +293,7 @@ def test_every_variant_runs_the_base_command(path: Path, storage: tuple[str, ...
     """Word by word, but for what makes it a variant; so what the base workflow's runs show holds for all of them."""
     changes = [*storage, "steps=10", "overrides=training.batch_size=2"]
 
-    own = r"--(bags|gpus|workflow|download|eval-|override=(wandb\.|training\.(lr|kl_weight)=))"
+    own = r"--(bags|gpus|workflow|download|eval-|output|upload-to|override=(wandb\.|training\.(lr|kl_weight)=))"
 
     def words(task: dict[str, Any]) -> list[str]:
         given = task["command"] + task["args"]
@@ -388,20 +392,24 @@ def test_paths_agree_between_config_script_and_workflows():
     assert f"\nbags_dir={config.data.bag_dir} " in script
     for path in WORKFLOWS:
         for task in training_tasks(submit(path, STORAGE)):
-            for checkpoint in task.get("checkpoint", []):
-                assert checkpoint["path"] == config.training.output_dir
             assert "--config=/workspace/config.yaml" in task["args"]
     blob = tasks(submit(OSMO / "osmo-workflow-blob.yaml"))[0]
     assert blob["environment"]["BLOB_DEST_DIR"] == config.data.bag_dir
 
 
-def test_the_regex_keeps_half_written_checkpoints_out():
-    """OSMO matches it against the path below the uploaded folder's parent; a save in flight is .tmp-checkpoint_..."""
-    pattern = tasks(submit(OSMO / "osmo-workflow.yaml", STORAGE))[0]["checkpoint"][0]["regex"]
-    kept = ("checkpoint_000001/pretrained_model/config.json", "metrics.jsonl", "wandb/run-1/files/output.log")
-    left_out = (".lock", ".tmp-checkpoint_000001/pretrained_model/config.json")
-    assert all(re.match(pattern, f"train-rosbag-act/{name}") for name in kept)
-    assert not any(re.match(pattern, f"train-rosbag-act/{name}") for name in left_out)
+@each_workflow
+def test_a_run_is_uploaded_once(path: Path):
+    """By the script, with a storage url; OSMO's own uploads send all of a run again, at each time. What a later task of
+    the workflow reads is its output, the rest is not handed over twice."""
+    spec = submit(path, STORAGE)
+    for task in training_tasks(spec):
+        assert "checkpoint" not in task and "outputs" not in task
+        assert sum(word.startswith("--upload-to=") for word in task["args"]) == 1
+        follows = "sweep" in path.name or any({"task": task["name"]} in t.get("inputs", []) for t in tasks(spec))
+        assert ("--output={{output}}" in task["args"]) is follows
+    for task in training_tasks(submit(path)):
+        assert not any(word.startswith("--upload-to=") for word in task["args"])
+        assert ("--output={{output}}" in task["args"]) is ("dataset" in str(task.get("outputs")))
 
 
 # -- each variant -------------------------------------------------------------------------------------------------
@@ -436,8 +444,8 @@ def test_a_storage_url_makes_it_resumable():
     """Uploaded while it runs, and read back from the same place by the next attempt; a run of its own by default."""
     task = place(submit(OSMO / "osmo-workflow.yaml", STORAGE), workflow_id="ur10e-act-train-7")["train-act"]
     place_of_run = "azure://account/container/prefix/ur10e-act-checkpoint/ur10e-act-train-7"
-    assert task["inputs"][1]["url"] == task["outputs"][0]["url"] == f"{place_of_run}/"
-    assert task["checkpoint"][0]["url"] == place_of_run
+    assert task["inputs"][1]["url"] == f"{place_of_run}/"
+    assert f"--upload-to={place_of_run}" in task["args"]
     assert "--resume-from=/osmo/data/input/1" in task["args"]
     assert "75" in task["exitActions"]["RESCHEDULE"].split(",")
     named = place(
@@ -464,10 +472,12 @@ def test_ddp_is_one_group_of_nodes(n_nodes: int, storage: tuple[str, ...]):
         ]  # fmt: skip
         lead = rank == 0
         assert task.get("lead", False) is lead
-        assert ("outputs" in task) is lead
-        assert ("--output=/osmo/data/output" in task["args"]) is lead
-        assert ("checkpoint" in task) is (lead and bool(storage))
-        assert ("--resume-from=/osmo/data/input/1" in task["args"]) is (lead and bool(storage))
+        assert ("outputs" in task) is ("--output=/osmo/data/output" in task["args"]) is (lead and not storage)
+        assert ("--resume-from=/osmo/data/input/1" in task["args"]) is bool(storage)
+        if storage:  # the run, or of it what the node itself has said
+            name = f"train-rosbag-act/.heartbeat-{rank}.json"
+            assert lead or re.fullmatch(task["inputs"][1]["regex"], name)
+            assert lead is not ("regex" in task["inputs"][1])
 
 
 @each_workflow
