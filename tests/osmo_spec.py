@@ -72,7 +72,7 @@ def filled_in(path: Path, *assignments: str, strings: tuple[str, ...] = ()) -> t
         )
     for task in tasks(spec):
         for file in task.get("files", []):
-            if "contents" in file:  # an alias of a list that was filled in for another task
+            if "localpath" not in file:  # an alias of another task's, in which it was filled in
                 continue
             local = path.parent / file.pop("localpath")
             if not local.is_file():

@@ -252,6 +252,10 @@ def test_small_enough_to_be_rendered_in_time(path: Path):
     a sweep's runs share their files, which the CLI sends once (YAML keeps an alias)."""
     text, _ = filled_in(path, "n_nodes=8")
     assert len(text) < 1_000_000
+    if path.stem.endswith("ddp"):
+        spec = submit(path, "n_nodes=8")
+        assert len(tasks(spec)) == 8 and all(task["files"] == tasks(spec)[0]["files"] for task in tasks(spec))
+        assert tasks(spec)[7]["files"][0]["contents"] == (ROOT / "act_model.py").read_text()
 
 
 # -- the same in all ----------------------------------------------------------------------------------------------
