@@ -5,7 +5,7 @@
 #   eval-entrypoint.sh --check ...          (the same; for the task that trains first)
 #
 # --check looks at all but checkpoint and output, and prints the dataset's own folder, in which no more than
-# meta/info.json has to be.
+# meta/info.json has to be. --check=options looks at the options alone (`python -m osmo.submit`).
 #
 # EVAL_EPISODES (for example "0 1 2 3"; those that the dataset lacks are left out, and named) and EVAL_DEVICE choose
 # what and where. OSMO can report an upload as complete that was not, so nothing here is taken on trust: a checkpoint
@@ -22,7 +22,8 @@ die() {
 checkpoint='' dataset='' output='' check=''
 while (($#)); do
   case $1 in
-    --check) check=yes ;;
+    --check) check=all ;;
+    --check=options) check=options ;;
     --checkpoint=*) checkpoint=${1#--checkpoint=} ;;
     --dataset=*) dataset=${1#--dataset=} ;;
     --output=*) output=${1#--output=} ;;
@@ -68,6 +69,7 @@ while (($#)); do
   [[ $option != --rollout=* && $value =~ ^$pattern$ ]] || die "eval_args: $option: found '$value', expected $expected"
 done
 set -- "${options[@]}"
+[[ $check != options ]] || exit 0
 
 # The one dataset below --dataset, becomes $found; with one of the episodes at least.
 find_dataset() {

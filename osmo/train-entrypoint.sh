@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One attempt at training, as the command of an OSMO task: take up an earlier attempt's checkpoint, train, hand over.
 #
-#   bash train-entrypoint.sh [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--upload-to=URL] [--output=DIR] \
-#       [--run=NAME] [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] \
+#   bash train-entrypoint.sh [--check] [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--upload-to=URL] \
+#       [--output=DIR] [--run=NAME] [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] \
 #       [--eval-dataset=DIR [--eval-option=WORD]...] LAUNCHER... train.py ARGUMENT...
 #
 # Whatever a submission can set is checked first, so that nothing of it is found wrong hours later: names, urls, numbers
 # here; every setting by train.py, at its start, or by check_settings.py where --download or --eval-dataset is given.
+# With --check that is all: it ends after the checks of names, urls and numbers (`python -m osmo.submit`).
 #
 # The recordings lie in --bags, or below --bags-dataset as OSMO lays a dataset out. LAUNCHER is `python`, or `torchrun`
 # with its options. --resume is added: an attempt goes on from the newest complete checkpoint in its own directory (a
@@ -33,10 +34,11 @@ die() {
 # -- check what was asked for -------------------------------------------------------------------------------------
 
 bags='' folders=0 resume_from='' upload_to='' output='' run=unnamed workflow='' storage_url='' gpus=1 download=''
-eval_dataset='' again=() eval_options=()
+eval_dataset='' check='' again=() eval_options=()
 while (($#)); do
   [[ $1 == --download=* || $1 != --* ]] || again+=("$1")
   case $1 in
+    --check) check=yes ;;
     --bags=*) bags=${1#*=} ;;
     --bags-dataset=*) bags=${1#*=} folders=2 ;;
     --resume-from=*) resume_from=${1#*=} ;;
@@ -100,6 +102,7 @@ done
 [[ ${wandb,,} != true || -n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == @(offline|disabled|dryrun) ]] ||
   die "wandb.enabled: true, but there is no key (WANDB_API_KEY): submit osmo-workflow-wandb.yaml, or the sweep with" \
     "wandb=true, which take it from the credential wandb"
+[[ -z $check ]] || exit 0
 
 # From here on SIGTERM and SIGINT mean: save, and end with 75.
 asked='' sent='' child='' log=''

@@ -35,16 +35,46 @@ from .synchronisation import Episode, refer_angles, synchronise
 CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
 
 
-def inspect_bag(bag: Bag, settings: BagSettings, verify: bool) -> Episode:
-    """Print one bag's topics and return it as an episode, without writing anything; `verify` decodes every image.
+def inspect_bags(
+    bags: Sequence[Bag], settings: BagSettings, verify: bool = False, show_topics: bool = False
+) -> tuple[list[Episode], list[dict[str, str]]]:
+    """The bags as episodes, without writing anything: -> (episodes, what is wrong with the others: "bag" and "why").
 
-    Raises:
-        BagError: as read_bag() and synchronise().
+    Args:
+        bags: from find_bags().
+        settings: topics, joints, rate.
+        verify: also decode every image.
+        show_topics: print each bag's name, topics and errors.
     """
-    with contextlib.ExitStack() as stack:
-        topics = topics_of(open_storage(bag, stack))
-    for topic, (types, count) in sorted(topics.items()):
-        print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
+    episodes: list[Episode] = []
+    problems: list[dict[str, str]] = []
+    first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
+    for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
+        if show_topics:
+            print(f"{bag.name}")
+        try:
+            episode = _inspect_bag(bag, settings, verify, show_topics)
+            if episodes:
+                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+            mark_copy(episode, first_with)
+            episodes.append(episode)
+        except BagError as error:
+            problems.append({"bag": bag.name, "why": str(error)})
+            if show_topics:
+                print(f"    error: {error}")
+    if episodes:
+        references = angle_references(episodes)
+        for episode in episodes:
+            refer_angles(episode, references, settings)
+    return episodes, problems
+
+
+def _inspect_bag(bag: Bag, settings: BagSettings, verify: bool, show_topics: bool) -> Episode:
+    if show_topics:
+        with contextlib.ExitStack() as stack:
+            topics = topics_of(open_storage(bag, stack))
+        for topic, (types, count) in sorted(topics.items()):
+            print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
     recording = read_bag(bag, settings, (lambda camera, image: None) if verify else None)
     episode = synchronise(bag.name, recording, settings)
     episode.recording_hash = recording.sha256()
@@ -70,24 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    episodes: list[Episode] = []
-    problems, first_with = [], {}  # the latter: hash of a recording -> name of the first bag that holds it
-    for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
-        print(f"{bag.name}")
-        try:
-            episode = inspect_bag(bag, settings, args.verify)
-            if episodes:
-                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
-            mark_copy(episode, first_with)
-            episodes.append(episode)
-        except BagError as error:
-            problems.append({"bag": bag.name, "why": str(error)})
-            print(f"    error: {error}")
+    episodes, problems = inspect_bags(bags, settings, args.verify, show_topics=True)
     reports = [episode.sync_report for episode in episodes]
     if episodes:
-        references = angle_references(episodes)
-        for episode in episodes:
-            refer_angles(episode, references, settings)
         print("\n" + sync_table(reports))
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)

@@ -181,6 +181,46 @@ def osmo_commands(root: Path = ROOT) -> list[list[str]]:
     return [words for words in guides if words[0] == "osmo"] + heads
 
 
+# Options of the CLI's subcommands that we use, as documented for 6.2.8 and 6.3.1; + takes several values.
+CLI = {
+    "login": {},
+    "credential set": {"--type": 1, "--payload": "+"},
+    "workflow submit": {"--pool": 1, "--priority": 1, "--set": "+", "--set-string": "+", "--set-env": "+",
+                        "--dry-run": 0},
+    "workflow validate": {"--pool": 1, "--set": "+", "--set-string": "+"},
+    "pool list": {},
+    "workflow list": {},
+    "workflow query": {"--verbose": 0},
+    "workflow logs": {"--task": 1, "-n": 1},
+    "workflow cancel": {},
+    "dataset upload": {},
+    "dataset info": {"--format-type": 1},
+    "dataset download": {},
+    "data upload": {},
+    "data list": {"--recursive": 0, "--no-pager": 0},
+    "data download": {},
+    "data delete": {"--regex": 1},
+    "data check": {"--access-type": 1},
+}  # fmt: skip
+
+
+def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
+    """(subcommand, positional arguments, options) of an osmo command; SpecError for what the CLI does not document."""
+    name = next((n for n in CLI if words[1:][: len(n.split())] == n.split()), None)
+    require(name is not None, "osmo", " ".join(words), "a subcommand that it has")
+    rest, positional, options, current = words[1 + len(name.split()) :], [], {}, None
+    for word in rest:
+        if word.startswith("-"):
+            require(word in CLI[name], name, word, f"one of {', '.join(CLI[name])}")
+            require(word not in options, name, " ".join(words), f"{word} once: of two only the last counts")
+            options[word], current = [], word
+        elif current and (CLI[name][current] == "+" or len(options[current]) < CLI[name][current]):
+            options[current].append(word)
+        else:
+            positional.append(word)
+    return name, positional, options
+
+
 # -- what is accepted ---------------------------------------------------------------------------------------------
 
 Check = Callable[[Any, str], None]

@@ -216,13 +216,27 @@ class TaskBox:
             process.wait()
 
 
+def add_image(box: TaskBox) -> None:
+    """What Dockerfile.eval copies into its image, for a task that has that image; another's files are injected."""
+    if "act-eval" not in box.task["image"]:
+        return
+    lines = (WORKFLOWS / "Dockerfile.eval").read_text().splitlines()
+    for *sources, target in (line.split()[1:] for line in lines if line.startswith("COPY") and "/workspace" in line):
+        for source in sources:
+            path = WORKFLOWS.parent / source
+            if path.is_dir():
+                shutil.copytree(path, box.folder / target[1:], ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, box.folder / target[1:])
+
+
 def place_input(target: Path, source: dict[str, Any], folder: Path) -> None:
     """Download `folder` as OSMO does this kind of input. A dataset was uploaded by `osmo dataset upload NAME FOLDER`,
     and lies in a folder named after it, below that in one named like FOLDER (see real_osmo.py). A `regex` chooses files
     by their path below the url or the dataset."""
     regex = source.get("dataset", source).get("regex", "")
     if "dataset" in source:
-        target = target / source["dataset"]["name"] / folder.name
+        target = target / source["dataset"]["name"].partition(":")[0] / folder.name  # the tag is not in it
 
     def not_asked_for(path: str, names: list[str]) -> set[str]:
         below = Path(path).relative_to(folder.parent if "dataset" in source else folder)

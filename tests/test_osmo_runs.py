@@ -24,7 +24,16 @@ from lerobot_checkpoint import list_checkpoints, load_policy, set_score, verify_
 from tests.mlflow_server import MlflowServer
 from tests.once import once
 from tests.osmo_spec import place, submit
-from tests.osmo_task import OUTPUT, RUN_DIR, WORKFLOWS, TaskBox, require, tiny, write_evaluation_dataset
+from tests.osmo_task import (
+    OUTPUT,
+    RUN_DIR,
+    WORKFLOWS,
+    TaskBox,
+    add_image,
+    require,
+    tiny,
+    write_evaluation_dataset,
+)  # fmt: skip
 from tests.tiny import metrics
 
 STORAGE = "storage_url=azure://account/container/prefix"
@@ -488,14 +497,7 @@ def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: 
     """The task eval-act, on what Dockerfile.eval copies into its image."""
     values = task("osmo-workflow-train-eval.yaml", "eval_device=cpu", *assignments, name="eval-act")
     box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: dataset})
-    lines = (WORKFLOWS / "Dockerfile.eval").read_text().splitlines()
-    for *sources, target in (line.split()[1:] for line in lines if line.startswith("COPY") and "/workspace" in line):
-        for source in sources:
-            path = WORKFLOWS.parent / source
-            if path.is_dir():
-                shutil.copytree(path, box.folder / target[1:], ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(path, box.folder / target[1:])
+    add_image(box)
     return box
 
 

@@ -30,6 +30,7 @@ from tests.osmo_spec import (
     inline_settings,
     load,
     osmo_commands,
+    parse_cli,
     place,
     readme_commands,
     render,
@@ -174,7 +175,7 @@ def test_the_model_refuses_a_localpath_beside_injected_files(tmp_path: Path):
     """As these workflows once were, and as OSMO 6.2.8 and 6.3.1 refuse it; each of the two alone is accepted."""
     shutil.copytree(OSMO, tmp_path / "osmo")
     path = tmp_path / "osmo/osmo-workflow.yaml"
-    name = "        name: ur10e-rosbags\n"
+    name = '        name: "{{ recordings }}"\n'
     path.write_text(path.read_text().replace(name, f'{name}        localpath: "../bags"\n'))
     with pytest.raises(SpecError, match="localpath and injected files in one workflow.*contents: field required"):
         submit(path)
@@ -436,12 +437,11 @@ def test_its_head_uploads_every_dataset_before_it_submits(path: Path):
     assert all(words[4:] == [BAGS] for words in uploads if words[3] == "ur10e-rosbags")
 
 
-def test_the_guides_upload_the_recordings_before_they_submit():
-    """In both guides, and from the same folder."""
-    for guide in GUIDES:
-        commands = [words for words in readme_commands(guide) if words[0] == "osmo"]
-        upload = commands.index(["osmo", "dataset", "upload", "ur10e-rosbags", BAGS])
-        assert upload < min(i for i, words in enumerate(commands) if words[1:3] == ["workflow", "submit"])
+def test_the_guide_uploads_the_recordings_before_it_submits():
+    """From the folder that all documents name."""
+    commands = [words for words in readme_commands(GUIDE) if words[0] == "osmo"]
+    upload = commands.index(["osmo", "dataset", "upload", "ur10e-rosbags", BAGS])
+    assert upload < min(i for i, words in enumerate(commands) if words[1:3] == ["workflow", "submit"])
 
 
 def test_a_storage_url_makes_it_resumable():
@@ -646,25 +646,6 @@ def test_the_images_are_pinned():
 
 # -- README -------------------------------------------------------------------------------------------------------
 
-# Options of the CLI's subcommands that the README uses, as documented for 6.2.8 and 6.3.1; + takes several values.
-CLI = {
-    "login": {},
-    "credential set": {"--type": 1, "--payload": "+"},
-    "workflow submit": {"--pool": 1, "--priority": 1, "--set": "+", "--set-string": "+", "--set-env": "+",
-                        "--dry-run": 0},
-    "workflow validate": {"--pool": 1, "--set": "+", "--set-string": "+"},
-    "workflow list": {},
-    "workflow query": {"--verbose": 0},
-    "workflow logs": {"--task": 1, "-n": 1},
-    "workflow cancel": {},
-    "dataset upload": {},
-    "dataset download": {},
-    "data upload": {},
-    "data download": {},
-    "data delete": {"--regex": 1},
-    "data check": {"--access-type": 1},
-}  # fmt: skip
-
 
 def test_the_readme_makes_folders_before_it_downloads_to_them():
     """OSMO's CLI refuses a destination that is not there."""
@@ -690,23 +671,6 @@ def test_the_readme_evaluates_as_the_evaluator_documents():
     assert outputs and any("sweep" in name for name in downloads)
     (compared,) = [w for w in readme_commands(GUIDE) if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
     assert compared[3:] == outputs
-
-
-def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
-    """(subcommand, positional arguments, options) of an osmo command; fails on what the CLI does not document."""
-    name = next((n for n in CLI if words[1:][: len(n.split())] == n.split()), None)
-    assert name, f"no such subcommand: {' '.join(words)}"
-    rest, positional, options, current = words[1 + len(name.split()) :], [], {}, None
-    for word in rest:
-        if word.startswith("-"):
-            assert word in CLI[name], f"{name} has no {word}: {' '.join(words)}"
-            assert word not in options, f"given twice, only the last counts: {' '.join(words)}"
-            options[word], current = [], word
-        elif current and (CLI[name][current] == "+" or len(options[current]) < CLI[name][current]):
-            options[current].append(word)
-        else:
-            positional.append(word)
-    return name, positional, options
 
 
 def test_the_readme_uses_the_cli_as_documented():

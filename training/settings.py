@@ -77,7 +77,7 @@ def read_settings(schema: Schema, path: Path, overrides: Sequence[str] = ()) -> 
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot read the config ({getattr(exc, 'strerror', None) or exc})") from None
-    content = _parse_yaml(text, str(path)) or {}
+    content = parse_yaml(text, str(path)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections ({', '.join(_sections(schema))}), found {content!r:.60}")
     for section, spec in _settings(schema):
@@ -98,7 +98,7 @@ def read_settings(schema: Schema, path: Path, overrides: Sequence[str] = ()) -> 
         where = f"--override {override}"
         if not equals:
             raise ConfigError(f"{where}: expected key=value, for example training.lr=5e-5")
-        raw = _parse_yaml(text, where) if text.startswith(("[", "{")) else text
+        raw = parse_yaml(text, where) if text.startswith(("[", "{")) else text
         _set(schema, dotted.strip(), raw, where, Path.cwd())
     return schema
 
@@ -167,7 +167,8 @@ class _RawLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML as texts, lists and mappings: no scalar is given a type. Raises ConfigError, one line that names `where`."""
     try:
         return yaml.load(text, Loader=_RawLoader)  # noqa: S506 - BaseLoader constructs only texts, lists and mappings
     except yaml.YAMLError as exc:
