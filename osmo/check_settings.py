@@ -1,9 +1,10 @@
 """What would be found wrong hours later: every setting, and an evaluation dataset that does not fit the training.
 
-    python check_settings.py DATASET LAUNCHER... train.py ARGUMENT...      # DATASET is "" where none is evaluated on
+    python check_settings.py DATASET BAGS LAUNCHER... train.py ARGUMENT...
 
-For train-entrypoint.sh, before a download or where an evaluation follows. Of the dataset only meta/info.json and
-meta/stats.json have to be there. Exit code 1, with one line, when something is refused.
+For train-entrypoint.sh, before a download or where an evaluation follows. DATASET is a LeRobot dataset to evaluate on,
+of which only meta/info.json and meta/stats.json have to be there; BAGS are recordings, to evaluate on those that the
+training holds out; either is "" where it is not so. Exit code 1, with one line, when something is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rosbag_dataset import BagError, find_bags
 from train import Config, load_config
 from training.errors import ConfigError
 
@@ -54,14 +56,14 @@ def check(dataset: Path, cfg: Config) -> None:
 
     info = read(dataset / "meta/info.json")
     features = info.get("features") or {}
-    shape, joints = (features.get("action") or {}).get("shape"), len(cfg.data.joint_names)
+    shape, actions = (features.get("action") or {}).get("shape"), cfg.model.action_dim
     cameras = [f"observation.images.{name}" for name in cfg.cameras]
     fps, version = info.get("fps"), str(info.get("codebase_version"))
     same_fps = isinstance(fps, (int, float)) and abs(fps / cfg.data.fps - 1) <= 0.01
     rules = [
         (version.startswith("v3."), f"codebase_version is {version}", "v3.0, the format of LeRobot 0.4"),
         (same_fps, f"fps is {fps}", f"data.fps {cfg.data.fps:g}"),
-        (shape == [joints], f"the shape of action is {shape}", f"[{joints}], one per joint"),
+        (shape == [actions], f"the shape of action is {shape}", f"[{actions}], one per joint and state that is acted on"),
         (set(cameras) <= set(features), f"the features are {', '.join(features)}", f"{', '.join(cameras)} among them"),
         (
             kind in (None, wanted_kind),
@@ -74,7 +76,21 @@ def check(dataset: Path, cfg: Config) -> None:
             die(f"{dataset}: the evaluation dataset does not fit the training: {found}, expected {expected}")
 
 
-def main(dataset: str, words: Sequence[str]) -> None:
+def check_held_out(bags: Path, cfg: Config) -> None:
+    """End with one line if the training would hold out none of these recordings."""
+    try:
+        count = len(find_bags(bags))
+    except BagError as error:
+        die(error)
+    if not (cfg.training.val_fraction > 0 and count >= 5):
+        die(
+            "the evaluation needs recordings that the training holds out: found training.val_fraction "
+            f"{cfg.training.val_fraction:g} and {count} recordings, expected more than 0 and at least 5; or give "
+            "eval_dataset"
+        )
+
+
+def main(dataset: str, bags: str, words: Sequence[str]) -> None:
     """Entry."""
     config = next(word for word in words if word.startswith("--config=")).partition("=")[2]
     try:
@@ -83,7 +99,9 @@ def main(dataset: str, words: Sequence[str]) -> None:
         die(error)
     if dataset:
         check(Path(dataset), cfg)
+    if bags:
+        check_held_out(Path(bags), cfg)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

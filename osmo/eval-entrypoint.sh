@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Evaluate the newest checkpoint below --checkpoint on the LeRobot dataset below --dataset; results go to --output.
+# Evaluate the newest checkpoint below --checkpoint on the recordings that its training held out, below --bags, or on
+# the LeRobot dataset below --dataset; results go to --output.
 #
-#   eval-entrypoint.sh --checkpoint=DIR --dataset=DIR --output=DIR [OPTION OF offline_eval]...
+#   eval-entrypoint.sh --checkpoint=DIR (--bags=DIR | --dataset=DIR) --output=DIR [OPTION OF offline_eval]...
 #   eval-entrypoint.sh --check ...          (the same; for the task that trains first)
 #
-# --check looks at all but checkpoint and output, and prints the dataset's own folder, in which no more than
-# meta/info.json has to be. --check=options looks at the options alone (`python -m osmo.submit`).
+# --check looks at the options and the dataset, and prints the dataset's own folder, in which no more than
+# meta/info.json has to be. --check=options looks at the options alone, as `python -m osmo.submit` does.
 #
-# EVAL_EPISODES (for example "0 1 2 3"; those that the dataset lacks are left out, and named) and EVAL_DEVICE choose
-# what and where. OSMO can report an upload as complete that was not, so nothing here is taken on trust: a checkpoint
-# that is missing, or not as its manifest says, ends the task instead of passing an older one off as the result.
+# EVAL_EPISODES (for example "0 1 2 3"; those that are not there are left out, and named) and EVAL_DEVICE choose what
+# and where. With --bags EVAL_EPISODES can be empty: the held-out recordings. EVAL_CACHE_DIR keeps decoded frames.
+# OSMO can report an upload as complete that was not, so nothing here is taken on trust: a checkpoint that is missing,
+# or not as its manifest says, ends the task instead of passing an older one off as the result.
 #
 # Exit codes: 0 done, 1 something is missing or torn, 3 a gate (--max-mae, --max-p99-ms) was exceeded.
 set -euo pipefail
@@ -19,23 +21,26 @@ die() {
   exit 1
 }
 
-checkpoint='' dataset='' output='' check=''
+checkpoint='' dataset='' bags='' output='' check=''
 while (($#)); do
   case $1 in
     --check) check=all ;;
     --check=options) check=options ;;
     --checkpoint=*) checkpoint=${1#--checkpoint=} ;;
     --dataset=*) dataset=${1#--dataset=} ;;
+    --bags=*) bags=${1#--bags=} ;;
     --output=*) output=${1#--output=} ;;
     *) break ;;
   esac
   shift
-  [[ -z $checkpoint || -z $dataset || -z $output ]] || break # what follows is eval_args
+  [[ -z $checkpoint || -z $dataset$bags || -z $output ]] || break # what follows is eval_args
 done
-[[ -n $checkpoint && -n $dataset && -n $output ]] || die "expected --checkpoint=DIR --dataset=DIR --output=DIR"
-[[ ${EVAL_EPISODES:-} == *[![:space:]]* ]] || die "EVAL_EPISODES is empty; expected episode numbers, for example \"0 1 2 3\""
+[[ -n $checkpoint && -n $dataset$bags && -n $output && (-z $dataset || -z $bags) ]] ||
+  die "expected --checkpoint=DIR, --bags=DIR or --dataset=DIR, --output=DIR"
+[[ -n $bags || ${EVAL_EPISODES:-} == *[![:space:]]* ]] ||
+  die "EVAL_EPISODES is empty; expected episode numbers, for example \"0 1 2 3\""
 [[ ${EVAL_DEVICE:-} =~ ^(auto|cuda|cpu)$ ]] || die "EVAL_DEVICE: found '${EVAL_DEVICE:-}', expected cuda or cpu"
-read -ra episodes <<<"$EVAL_EPISODES"
+read -ra episodes <<<"${EVAL_EPISODES:-}"
 seen=' '
 for episode in "${episodes[@]}"; do
   [[ $episode =~ ^[0-9]{1,9}$ ]] ||
@@ -131,9 +136,35 @@ PY
 ) || exit 1
 echo "eval-entrypoint: evaluating $newest"
 
-# -- the dataset --------------------------------------------------------------------------------------------------
+# -- the recordings -----------------------------------------------------------------------------------------------
 
-find_dataset
+if [[ -n $dataset ]]; then
+  find_dataset
+  data=(--dataset "${found[0]}")
+else
+  [[ -d $bags ]] || die "$bags: no such directory; the input with the recordings is not there"
+  found=$(
+    python - "$newest" "$bags" <<'PY'
+import json, sys
+from pathlib import Path
+
+# Episodes are named by their path below the folder of bags, and OSMO puts a dataset into two more folders.
+checkpoint, bags = map(Path, sys.argv[1:])
+contract = json.loads((checkpoint / "pretrained_model/train_config.json").read_text())
+held_out, trained = contract["held_out_episodes"], contract["training_episodes"]
+roots = [bags, *bags.glob("*"), *bags.glob("*/*")]
+root = next((root for root in roots if all((root / name).exists() for name in held_out + trained)), None)
+if root is None:
+    sys.exit(f"error: eval-entrypoint: {bags}: not the recordings of {checkpoint}, which names {', '.join(trained[:2])}, ...")
+print(root.resolve(), *held_out, sep="\n")
+PY
+  ) || exit 1
+  mapfile -t lines <<<"$found" # the folder, then the names of the held-out recordings
+  [[ -n ${lines[1]:-} || -n ${episodes[*]} ]] ||
+    die "$newest: its training held nothing out; record five episodes or more, or evaluate on a LeRobot dataset"
+  data=(--bags "${lines[0]}" --cache-dir "${EVAL_CACHE_DIR:-frame-cache}")
+fi
+[[ -z ${episodes[*]} ]] || data+=(--episode "${episodes[@]}" --skip-missing-episodes)
 
 # -- the evaluation -----------------------------------------------------------------------------------------------
 
@@ -143,8 +174,7 @@ trap 'rm -rf "$results"' EXIT
 rc=0
 (
   cd "$results" # so that the log and the report name the results without this folder, which goes away
-  python -m ur10e_deploy.offline_eval --checkpoint "$newest" --dataset "${found[0]}" --episode "${episodes[@]}" \
-    --skip-missing-episodes --device "$EVAL_DEVICE" --output eval "$@"
+  python -m ur10e_deploy.offline_eval --checkpoint "$newest" "${data[@]}" --device "$EVAL_DEVICE" --output eval "$@"
 ) || rc=$?
 ((rc == 0 || rc == 3)) || die "the evaluation failed with exit code $rc; its own line is above"
 compgen -G "$results/eval/episode_*.parquet" >/dev/null || die "the evaluation wrote no episode_NNN.parquet"

@@ -270,12 +270,12 @@ def _ask_script(script: str, words: list[str], task: dict[str, Any]) -> None:
 # -- the bags -----------------------------------------------------------------------------------------------------
 
 
-def inspect(folder: Path, configs: Sequence[Config]) -> list[Bag]:
-    """Read all bags in `folder` as the training will, and print what they hold.
+def inspect(folder: Path, configs: Sequence[Config], evaluated: bool) -> list[Bag]:
+    """Read all bags in `folder` as the training will, and print what they hold; those held out may be `evaluated`.
 
     Raises:
         BagError: no bags, or one that the training would refuse.
-        SubmitError: something that OSMO would not upload.
+        SubmitError: something that OSMO would not upload, or nothing to evaluate.
     """
     bags = find_bags(folder)
     for parent, folders, _ in os.walk(folder):
@@ -298,6 +298,11 @@ def inspect(folder: Path, configs: Sequence[Config]) -> list[Bag]:
         print(sync_table([episode.sync_report for episode in episodes]))
         _, held_out = split_episodes(episodes, config.training.val_fraction, config.training.seed)
         print(f"held out: {', '.join(episode.name for episode in held_out) or 'none'}", flush=True)
+        if evaluated and not (held_out and len(bags) >= 5):  # of fewer, train-entrypoint.sh cannot tell
+            raise SubmitError(
+                f"bags: {folder}: found {len(bags)} recordings, of which the training holds {len(held_out)} out, "
+                "expected at least 5 and 1 to evaluate; add some, raise training.val_fraction, or give eval_dataset"
+            )
     return bags
 
 
@@ -396,7 +401,8 @@ def submit(submission: Submission, dry_run: bool) -> int:
     configs, tasks = check(submission)
     store = None
     if submission.bags:
-        store = Store(submission, submission.bags, inspect(submission.bags, configs))
+        evaluated = any(word.startswith("--eval-held-out") for task in tasks for word in task["args"])
+        store = Store(submission, submission.bags, inspect(submission.bags, configs, evaluated))
         submission.values["recordings"] = store.recordings
     elif "recordings" in submission.defaults:
         print(f"note: no bags are given: what is in {submission.value('recordings')} is used, and not looked at here")

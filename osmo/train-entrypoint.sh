@@ -3,18 +3,20 @@
 #
 #   bash train-entrypoint.sh [--check] [--bags=DIR | --bags-dataset=DIR] [--resume-from=DIR] [--upload-to=URL] \
 #       [--output=DIR] [--run=NAME] [--workflow=ID] [--storage-url=URL] [--gpus=N] [--download=SCRIPT] \
-#       [--eval-dataset=DIR [--eval-option=WORD]...] LAUNCHER... train.py ARGUMENT...
+#       [--eval-dataset=DIR | --eval-held-out=SETTINGS [--eval-option=WORD]...] LAUNCHER... train.py ARGUMENT...
 #
 # Whatever a submission can set is checked first, so that nothing of it is found wrong hours later: names, urls, numbers
-# here; every setting by train.py, at its start, or by check_settings.py where --download or --eval-dataset is given.
-# With --check that is all: it ends after the checks of names, urls and numbers (`python -m osmo.submit`).
+# here; every setting by train.py, at its start, or by check_settings.py where --download or --eval-... is given. With
+# --check that is all: it ends after the checks of names, urls and numbers (`python -m osmo.submit`).
 #
 # The recordings lie in --bags, or below --bags-dataset as OSMO lays a dataset out. LAUNCHER is `python`, or `torchrun`
 # with its options. --resume is added: an attempt goes on from the newest complete checkpoint in its own directory (a
 # restart on the same node), else from the one in --resume-from (another node). --download is run before, and then this
-# script again. --eval-dataset is what the next task evaluates on. Only a completed run is copied to --output, because
-# OSMO uploads what lies there after a failure as well. Beside the training run heartbeat.py, for the next attempt, and
-# uploads.py, which sends the run to --upload-to. Every end but SIGKILL passes through finish().
+# script again. --eval-dataset is what a later task evaluates on, of which only the metadata have to be there; with
+# --eval-held-out it evaluates on what the training holds out, and SETTINGS (separated by ;) are those that differ from
+# other runs that it compares with this one. Only a completed run is copied to --output, because OSMO uploads what lies
+# there after a failure as well. Beside the training run heartbeat.py, for the next attempt, and uploads.py, which sends
+# the run to --upload-to. Every end but SIGKILL passes through finish().
 #
 # Exit codes: 0 complete, 1 failed, 75 run it again (the workflows reschedule it). torchrun turns every code into 1,
 # so what it ended with is told by the marker and the error line that train.py leaves.
@@ -34,7 +36,7 @@ die() {
 # -- check what was asked for -------------------------------------------------------------------------------------
 
 bags='' folders=0 resume_from='' upload_to='' output='' run=unnamed workflow='' storage_url='' gpus=1 download=''
-eval_dataset='' check='' again=() eval_options=()
+eval_dataset='' check='' held_out='' differs='' again=() eval_options=()
 while (($#)); do
   [[ $1 == --download=* || $1 != --* ]] || again+=("$1")
   case $1 in
@@ -50,6 +52,7 @@ while (($#)); do
     --gpus=*) gpus=${1#*=} ;;
     --download=*) download=${1#*=} ;;
     --eval-dataset=*) eval_dataset=${1#*=} ;;
+    --eval-held-out=*) held_out=yes differs=${1#*=} ;;
     --eval-option=*) eval_options+=("${1#*=}") ;;
     --*) die "$1: unknown option; the head of this script lists those there are, before the command" ;;
     *) break ;;
@@ -102,6 +105,9 @@ done
 [[ ${wandb,,} != true || -n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == @(offline|disabled|dryrun) ]] ||
   die "wandb.enabled: true, but there is no key (WANDB_API_KEY): submit osmo-workflow-wandb.yaml, or the sweep with" \
     "wandb=true, which take it from the credential wandb"
+[[ -z $held_out || ";$differs" != *";training."@(seed|val_fraction)=* ]] ||
+  die "sweep: $differs: each run would hold out other recordings, and there would be none to compare them on; leave it" \
+    "out of the grid, or give eval_dataset, or compare=false"
 [[ -z $check ]] || exit 0
 
 # From here on SIGTERM and SIGINT mean: save, and end with 75.
@@ -151,9 +157,12 @@ trap finish EXIT
 if [[ -n $eval_dataset ]]; then
   eval_dataset=$(bash "$here/eval-entrypoint.sh" --check --checkpoint=later --dataset="$eval_dataset" --output=later \
     "${eval_options[@]}") || end_before_training
+elif [[ -n $held_out ]]; then
+  bash "$here/eval-entrypoint.sh" --check=options --checkpoint=later --bags=later --output=later "${eval_options[@]}" ||
+    end_before_training
 fi
-if [[ -n $download$eval_dataset ]]; then
-  python "$here/check_settings.py" "$eval_dataset" "$@" || end_before_training
+if [[ -n $download$eval_dataset$held_out ]]; then
+  python "$here/check_settings.py" "$eval_dataset" "${held_out:+$bags}" "$@" || end_before_training
 fi
 [[ -z $asked ]] || end_before_training
 

@@ -276,7 +276,8 @@ def test_the_evaluation_image_evaluates(
     output = pods / "results"
     output.mkdir()
     output.chmod(0o777)
-    spec = submit(WORKFLOWS / "osmo-workflow-train-eval.yaml", "eval_device=cpu", "eval_args=--backend lerobot")
+    data = "eval_dataset=ur10e-eval-dataset"
+    spec = submit(WORKFLOWS / "osmo-workflow-train-eval.yaml", data, "eval_device=cpu", "eval_args=--backend lerobot")
     task = place(spec)["eval-act"]
     uploaded = f"/osmo/data/input/1/ur10e-eval-dataset/{dataset.name}"  # as OSMO lays a dataset out
     mounts = {trained: "/osmo/data/input/0:ro", dataset: f"{uploaded}:ro", output: "/osmo/data/output"}

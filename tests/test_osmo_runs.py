@@ -231,6 +231,7 @@ def test_refused_in_one_line(changes: dict[str, object], message: str, sample_ba
 
 
 SWEEP, EVAL, DDP = "osmo-workflow-sweep.yaml", "osmo-workflow-train-eval.yaml", "osmo-workflow-ddp.yaml"
+LEROBOT = "eval_dataset=ur10e-eval-dataset"
 WRONG = {  # the workflow, its task, what --set says, the message
     "run, which --set makes a number": ("", "", [STORAGE, "run=1e5"], "run: found '100000.0', expected a letter, then"),
     "run, empty": ("", "", [STORAGE, "run="], "run: found '', expected a letter"),
@@ -290,7 +291,8 @@ def test_what_set_says_is_checked_first(
     workflow: str, name: str, assignments: list[str], message: str, sample_bags: Path, tmp_path: Path
 ):
     """Through the real script, in one line, before a recording is decoded or Python has imported torch."""
-    wrong = task(workflow or "osmo-workflow.yaml", *assignments, name=name or "train-act")
+    data = [LEROBOT] if workflow == EVAL else []
+    wrong = task(workflow or "osmo-workflow.yaml", *assignments, *data, name=name or "train-act")
     box = TaskBox(tmp_path / "box", wrong, dict.fromkeys(range(3), write_metadata(tmp_path / "dataset")))
     assert box.run(timeout_s=20) == 1
     assert message in error_line(box)
@@ -339,9 +341,9 @@ def test_an_evaluation_dataset_that_does_not_fit_is_refused(
     """The evaluation would refuse it, after the training. (check_settings.py, run here: torch is imported once; the
     next test and the chain below run it from the script.)"""
     folder = write_metadata(tmp_path / "dataset", **damage)
-    words = [a for a in task(EVAL, **changes)["args"] if a.startswith("--override=")]
+    words = [a for a in task(EVAL, LEROBOT, **changes)["args"] if a.startswith("--override=")]
     config = f"--config={WORKFLOWS / 'osmo-config.yaml'}"
-    monkeypatch.setattr("sys.argv", ["-", str(folder), "python", "train.py", config, *words])
+    monkeypatch.setattr("sys.argv", ["-", str(folder), "", "python", "train.py", config, *words])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(WORKFLOWS / "check_settings.py"), run_name="__main__")
     assert end.value.code == 1
@@ -349,12 +351,35 @@ def test_an_evaluation_dataset_that_does_not_fit_is_refused(
     assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.parametrize(
+    "recordings, fraction, message",
+    [
+        (6, 0, "found training.val_fraction 0 and 6 recordings, expected more than 0"),
+        (4, 0.5, "and 4 recordings, expec"),
+    ],
+)
+def test_without_held_out_recordings_nothing_is_trained_for_an_evaluation(
+    recordings: int, fraction: float, message: str, sample_bags: Path, entry_check, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """The evaluation would find that out, after the training. (The script's own Python, as above.)"""
+    for number in range(recordings):
+        shutil.copytree(sample_bags / f"episode_{number:03d}", tmp_path / f"dataset/local_bags/episode_{number:03d}")
+    words = [a for a in task(EVAL, training__val_fraction=fraction)["args"] if a.startswith("--override=")]
+    config = f"--config={WORKFLOWS / 'osmo-config.yaml'}"
+    monkeypatch.setattr("sys.argv", ["-", "", str(tmp_path / "dataset"), "python", "train.py", config, *words])
+    with pytest.raises(SystemExit) as end:
+        exec(entry_check, {"__name__": "__main__"})  # noqa: S102 - our own script
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and line.startswith("error: ") and message in line
+
+
 def test_the_evaluation_dataset_is_checked_before_the_training(sample_bags: Path, tmp_path: Path):
     """By the script, with nothing but the two files of metadata that the task's input brings."""
     dataset = write_metadata(tmp_path / "dataset", fps=15)
     (dataset / "data").mkdir()
     (dataset / "data/file-000.parquet").write_text("gigabytes")
-    box = TaskBox(tmp_path / "box", task(EVAL), {0: sample_bags, 1: dataset})
+    box = TaskBox(tmp_path / "box", task(EVAL, LEROBOT), {0: sample_bags, 1: dataset})
     found = {path.name for path in (box.folder / "osmo/data/input/1").rglob("*") if path.is_file()}
     assert found == {"info.json", "stats.json"}
     assert box.run() == 1
@@ -367,7 +392,9 @@ def test_there_is_one_evaluation_dataset(number: int, sample_bags: Path, nothing
     for each in range(number):
         write_metadata(tmp_path / f"datasets/{each}")
     (tmp_path / "datasets").mkdir(exist_ok=True)
-    box = TaskBox(tmp_path / "box", task(EVAL, STORAGE), {0: sample_bags, 1: nothing, 2: tmp_path / "datasets"})
+    box = TaskBox(
+        tmp_path / "box", task(EVAL, STORAGE, LEROBOT), {0: sample_bags, 1: nothing, 2: tmp_path / "datasets"}
+    )
     assert box.run(timeout_s=20) == 1
     assert ("several LeRobot datasets" if number else "no LeRobot dataset below it") in error_line(box)
 
@@ -493,10 +520,11 @@ def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFacto
     return once(tmp_path_factory, "osmo-evaluation", make) / "my-lerobot-dataset"
 
 
-def evaluation_box(folder: Path, checkpoint: Path, dataset: Path, *assignments: str) -> TaskBox:
-    """The task eval-act, on what Dockerfile.eval copies into its image."""
-    values = task("osmo-workflow-train-eval.yaml", "eval_device=cpu", *assignments, name="eval-act")
-    box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: dataset})
+def evaluation_box(folder: Path, checkpoint: Path, data: Path, *assignments: str) -> TaskBox:
+    """The task eval-act, on what Dockerfile.eval copies into its image; `data` is a dataset, or, with LEROBOT taken
+    back by another eval_dataset=, the recordings."""
+    values = task(EVAL, "eval_device=cpu", LEROBOT, *assignments, name="eval-act")
+    box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: data})
     add_image(box)
     return box
 
@@ -505,7 +533,7 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     """Both of its tasks: train-act's output on eval-act: the newest checkpoint, the episodes there are, the results."""
     import pyarrow.parquet as pq
 
-    training = task("osmo-workflow-train-eval.yaml", STORAGE, training__steps=4)
+    training = task(EVAL, STORAGE, LEROBOT, training__steps=4)
     trained = TaskBox(tmp_path / "train", training, {0: sample_bags, 1: nothing, 2: evaluation_dataset})
     assert trained.run() == 0, trained.log()
     box = evaluation_box(tmp_path / "eval", trained.delivered, evaluation_dataset)
@@ -518,6 +546,28 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     table = pq.read_table(box.delivered / "all_episodes.parquet")
     assert table.num_rows > 20 and "inference_time_s" in table.column_names
     assert any(name.startswith("abs_error_") for name in table.column_names)
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+def test_without_a_dataset_the_held_out_recordings_are_evaluated(
+    storage: tuple[str, ...], finished: Path, sample_bags: Path, tmp_path: Path
+):
+    """Found by their names, however OSMO lays them out: below the dataset's own two folders, or at once."""
+    box = evaluation_box(tmp_path, finished / OUTPUT, sample_bags, "eval_dataset=", *storage)
+    assert box.run() == 0, box.log()
+    contract = json.loads((finished / RUN_DIR / "last/pretrained_model/train_config.json").read_text())
+    summary = json.loads((box.delivered / "summary.json").read_text())
+    assert [episode["name"] for episode in summary["episodes"]] == contract["held_out_episodes"] != []
+    assert "those that training held out" in box.log() and "training saw" not in box.log()
+    assert not list(box.delivered.rglob("*.rgb")), "decoded frames are no result"
+
+
+def test_other_recordings_than_the_trainings_are_not_evaluated(finished: Path, sample_bags: Path, tmp_path: Path):
+    """As when a newer version of the dataset lacks some: what is named held out would be something else."""
+    shutil.copytree(sample_bags / "episode_000", tmp_path / "bags/another")
+    box = evaluation_box(tmp_path / "box", finished / OUTPUT, tmp_path / "bags", "eval_dataset=")
+    assert box.run() == 1
+    assert "/osmo/data/input/1: not the recordings of /osmo/data/input/0/train-rosbag-act/checkpoint" in error_line(box)
 
 
 def test_a_gate_fails_the_chain_with_its_results(finished: Path, evaluation_dataset: Path, tmp_path: Path):
@@ -616,10 +666,19 @@ def test_results_that_cannot_be_written_are_a_failure(
 
 DIRECTORIES = ["--checkpoint=/nowhere/c", "--dataset=/nowhere/d", "--output=/nowhere/o"]
 ARGUMENTS = {
-    "none": ([], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
-    "no output": (DIRECTORIES[:2], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
-    "an empty option": ([*DIRECTORIES[:2], "--output="], {}, "expected --checkpoint=DIR --dataset=DIR --output=DIR"),
+    "none": ([], {}, "expected --checkpoint=DIR, --bags=DIR or --dataset=DIR, --output=DIR"),
+    "no output": (DIRECTORIES[:2], {}, "expected --checkpoint=DIR, --bags=DIR or --dataset=DIR, --output=DIR"),
+    "an empty option": (
+        [*DIRECTORIES[:2], "--output="],
+        {},
+        "expected --checkpoint=DIR, --bags=DIR or --dataset=DIR, --output=DIR",
+    ),
     "a folder twice": ([*DIRECTORIES, "--dataset=/x"], {}, "eval_args: found --dataset=/x, expected --rollout"),
+    "bags and a dataset": (
+        [DIRECTORIES[0], "--bags=/x", *DIRECTORIES[1:]],
+        {},
+        "expected --checkpoint=DIR, --bags=DIR or --dataset=DIR, --output=DIR",
+    ),
     "an option that is none": ([*DIRECTORIES, "--roll-out"], {}, "eval_args: found --roll-out, expected --rollout"),
     "a value for a switch": ([*DIRECTORIES, "--rollout=yes"], {}, "eval_args: --rollout=yes: found 'yes', expected no"),
     "a gate that is no number": (

@@ -208,10 +208,10 @@ def test_the_injected_files_are_complete(path: Path):
         assert all((ROOT / name).samefile(local[name]) for name in wanted), "the same place here and there"
         words = task["command"] + [word.rpartition("=")[2] for word in task["args"]]
         scripts = {word.removeprefix("/workspace/") for word in words if re.match("/workspace/.*[.]sh$", word)}
-        options = {word.partition("=")[0] for word in task["args"]}
-        scripts |= {"eval-entrypoint.sh"} if "--eval-dataset" in options else set()
-        scripts |= {"check_settings.py"} if {"--eval-dataset", "--download"} & options else set()
-        scripts |= {"heartbeat.py"} | ({"uploads.py"} if "ddp" not in path.name or task.get("lead") else set())
+        evaluates = any(word.startswith("--eval-") for word in task["args"])
+        scripts |= {"heartbeat.py", "uploads.py"} | ({"eval-entrypoint.sh"} if evaluates else set())
+        downloads = any(word.startswith("--download") for word in task["args"])
+        scripts |= {"check_settings.py"} if evaluates or downloads else set()
         assert set(local) == wanted | scripts | {"config.yaml"}
         assert local["config.yaml"] == config_of(path)
 
@@ -433,7 +433,8 @@ def test_its_head_uploads_every_dataset_before_it_submits(path: Path):
     made = {s["dataset"]["name"] for t in tasks(submit(path)) for s in t.get("inputs", []) if "dataset" in s}
     commands = [words for words in head_commands(path) if words[1:2] != ["credential"]]
     uploads, submits = [w for w in commands if w[1:3] == ["dataset", "upload"]], ["workflow", "submit"]
-    assert {words[3] for words in uploads} == made and commands[-1][1:3] == submits
+    named = {words[3] for words in uploads if any(f"eval_dataset={words[3]}" in each for each in commands)}
+    assert {words[3] for words in uploads} == made | named and commands[-1][1:3] == submits
     assert all(words[4:] == [BAGS] for words in uploads if words[3] == "ur10e-rosbags")
 
 
@@ -595,15 +596,23 @@ def test_blob_has_a_sas_or_an_identity():
 
 
 @pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
-def test_train_eval_is_a_chain(storage: tuple[str, ...]):
-    spec = submit(OSMO / "osmo-workflow-train-eval.yaml", "eval_args=--rollout --max-mae=0.002", *storage)
+@pytest.mark.parametrize("dataset", ["", "ur10e-eval-dataset"], ids=["held out", "LeRobot"])
+def test_train_eval_is_a_chain(dataset: str, storage: tuple[str, ...]):
+    """What is evaluated are the recordings, unless there is a dataset; the training task checks what there is."""
+    settings = ["eval_args=--rollout --max-mae=0.002", f"eval_dataset={dataset}", *storage]
+    spec = submit(OSMO / "osmo-workflow-train-eval.yaml", *settings)
     check(spec, "6.3.1")
-    evaluation = place(spec)["eval-act"]
+    training, evaluation = place(spec)["train-act"], place(spec)["eval-act"]
     assert evaluation["inputs"][0] == {"task": "train-act"}
-    assert evaluation["environment"] == {"EVAL_EPISODES": "0 1 2 3", "EVAL_DEVICE": "cuda"}
+    assert evaluation["environment"] == {"EVAL_EPISODES": "0 1 2 3" if dataset else "", "EVAL_DEVICE": "cuda"}
     assert evaluation["args"][-2:] == ["--rollout", "--max-mae=0.002"]
-    assert "ur10e-eval-dataset" in str(evaluation["inputs"][1]) and "ur10e-eval-results" in str(evaluation["outputs"])
-    assert evaluation["image"].startswith("ur10e-act-eval")
+    assert (dataset or "ur10e-rosbags") in str(evaluation["inputs"][1])
+    assert f"--{'dataset' if dataset else 'bags'}=/osmo/data/input/1" in evaluation["args"]
+    assert ("--eval-held-out=" in training["args"]) is not any("--eval-dataset=" in word for word in training["args"])
+    assert ("meta/(info|stats)" in str(training["inputs"])) is bool(dataset)
+    assert "ur10e-eval-results" in str(evaluation["outputs"]) and evaluation["image"].startswith("ur10e-act-eval")
+    chosen = place(submit(OSMO / "osmo-workflow-train-eval.yaml", *settings, "eval_episodes=0"))["eval-act"]
+    assert chosen["environment"]["EVAL_EPISODES"] == "0", "a number that counts as nothing"
 
 
 @each_workflow

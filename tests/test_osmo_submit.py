@@ -192,13 +192,16 @@ def test_without_a_file_it_says_how_to_make_one(tmp_path: Path, capsys: pytest.C
 def test_bags_that_training_would_refuse_are_not_uploaded(
     bag_dir: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """By the settings of this submission: a camera that was not recorded, a bag cut short, a folder that is a link."""
+    """By the settings of this submission: a camera that was not recorded, nothing held out for an evaluation, a bag cut
+    short; or a folder that is a link."""
     environment = install(tmp_path / "cluster", tasks=False)
     monkeypatch.setenv("PATH", environment["PATH"])
     monkeypatch.setenv("CLUSTER", environment["CLUSTER"])
     given = ["base", f"bags={bag_dir}", "--file", str(file)]
     assert tool.main([*given, "data.camera_topic=/front"]) == 1
     assert "/front" in capsys.readouterr().err
+    assert tool.main(["train-eval", *given[1:]]) == 1
+    assert "found 2 recordings, of which the training holds 0 out, expected at least 5" in capsys.readouterr().err
     (bag_dir / "c").symlink_to(bag_dir / "a")
     assert tool.main(given) == 1
     assert f"{bag_dir}/c is a link to a folder, which OSMO leaves out" in capsys.readouterr().err
