@@ -63,7 +63,11 @@ def check(dataset: Path, cfg: Config) -> None:
     rules = [
         (version.startswith("v3."), f"codebase_version is {version}", "v3.0, the format of LeRobot 0.4"),
         (same_fps, f"fps is {fps}", f"data.fps {cfg.data.fps:g}"),
-        (shape == [actions], f"the shape of action is {shape}", f"[{actions}], one per joint and state that is acted on"),
+        (
+            shape == [actions],
+            f"the shape of action is {shape}",
+            f"[{actions}], one per joint and state that is acted on",
+        ),
         (set(cameras) <= set(features), f"the features are {', '.join(features)}", f"{', '.join(cameras)} among them"),
         (
             kind in (None, wanted_kind),
