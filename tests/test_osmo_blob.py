@@ -462,7 +462,7 @@ def test_the_blob_workflow_killed_in_the_middle_and_run_again(server: Azurite, s
     path = azcopy_with(tmp_path / "bin", first_is_slow + 'exec REAL "$@"')
     box = TaskBox(
         tmp_path / "box", task, {0: tmp_path / "nothing"}, AZURE_BLOB_ENDPOINT=server.endpoint, **secrets,
-        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{path}",
+        PATH=f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{path}:/osmo/usr/bin",
     )  # fmt: skip
     process, recordings = box.start(), box.folder / "data/rosbags"
     while not any(recordings.rglob(".azDownload-*")):
@@ -471,7 +471,8 @@ def test_the_blob_workflow_killed_in_the_middle_and_run_again(server: Azurite, s
     box.kill()
     assert any(recordings.rglob(".azDownload-*")) and not list_checkpoints(box.run_dir), "it was not in the middle"
     assert box.run() == 0, box.log()
-    assert "complete: 1 checkpoints handed over" in box.log()
+    assert "complete: the run is in azure://account/container/prefix/ur10e-act-checkpoint/workflow-1" in box.log()
+    assert list_checkpoints(box.stored / "train-rosbag-act")
     assert not any(secret in box.log() for secret in secrets_of(values))
     environments = [path.read_bytes() for path in box.folder.rglob("*.json")]
     assert not any(secret.encode() in content for secret in secrets_of(values) for content in environments)

@@ -234,10 +234,12 @@ steps = [int(path.name[-6:]) for path in run_dir.glob("checkpoint_*")]
 print("training from", *sorted(steps), flush=True)
 with (run_dir / "metrics.jsonl").open("a") as file:
     file.write(json.dumps(dict(step=max(steps, default=0) + 1)) + chr(10))
-for name in os.environ.get("CHECKPOINTS", "").split():
-    shutil.copytree(pathlib.Path(os.environ["FROM"], name), run_dir / (".tmp-" + name))
-    os.rename(run_dir / (".tmp-" + name), run_dir / name)
-    time.sleep(float(os.environ.get("PACE_S", "0")))
+for name in os.environ.get("CHECKPOINTS", "-").split():
+    if name != "-":
+        shutil.copytree(pathlib.Path(os.environ["FROM"], name), run_dir / (".tmp-" + name))
+        os.rename(run_dir / (".tmp-" + name), run_dir / name)
+    while "GO" in os.environ and not os.path.exists(os.environ["GO"]):
+        time.sleep(0.05)
 time.sleep(float(os.environ.get("TRAINS_S", "0")))
 sys.exit(int(os.environ.get("ENDS", "0")))
 """
@@ -328,12 +330,13 @@ def test_every_end_but_a_kill_leaves_a_word(ends: str, code: int, pod):
     assert ("complete: the run is in azure://account/" in box.log()) is (code == 0)
 
 
-def test_a_run_that_does_not_arrive_is_no_success(pod):
+def test_a_run_that_does_not_arrive_is_no_success(pod, tmp_path: Path):
     """75: the next attempt goes on from what did arrive, and sends the rest."""
-    box = pod(TRAINS_S="3")
+    box = pod(GO=str(tmp_path / "go"))
     process = box.start()
     box.wait_for("training from")
     (box.storage / ".fail").touch()
+    (tmp_path / "go").touch()
     assert box.wait(process) == 75
     assert (
         "error: uploads: azure://account/container/prefix/ur10e-act-checkpoint/workflow-7: the run could not"
@@ -355,14 +358,14 @@ def test_a_storage_url_that_cannot_be_written_to_is_said_at_once(pod):
 
 def test_a_node_lost_between_two_uploads(pod, tmp_path: Path):
     """The newest checkpoint is half there: the next attempt goes on from the one before, which is whole."""
-    lost = pod(
-        CHECKPOINTS="checkpoint_000003 checkpoint_000006", FROM=str(tmp_path / "made"), PACE_S="4", TRAINS_S="60"
-    )
+    names, made, go = "checkpoint_000003 checkpoint_000006", str(tmp_path / "made"), tmp_path / "go"
+    lost = pod(CHECKPOINTS=names, FROM=made, GO=str(go), TRAINS_S="60")
     for step in (3, 6):
         write_checkpoint(tmp_path / "made", step)
     (lost.storage / ".hold").write_text("checkpoint_000006/pretrained_model/model.safetensors")
     lost.start()
     lost.wait_for("uploaded checkpoint_000003")
+    go.touch()
     lost.wait_for(lost.stored / "train-rosbag-act/checkpoint_000006/pretrained_model/config.json")
     lost.lose()
     (lost.storage / ".hold").unlink()
