@@ -259,7 +259,7 @@ def _ask_script(script: str, words: list[str], task: dict[str, Any]) -> None:
     """The checks that the task itself would begin with."""
     secrets = {variable: "from-the-credential" for c in task.get("credentials", {}).values() for variable in c}
     environment = {"PATH": os.environ["PATH"], **task.get("environment", {}), **secrets}
-    only = "--check=options" if script == "eval-entrypoint.sh" else "--check"  # the data are not here
+    only = "--check" if script == "train-entrypoint.sh" else "--check=options"  # what it evaluates is not here
     command = ["bash", str(OSMO / script), only, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

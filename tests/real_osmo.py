@@ -47,17 +47,29 @@ IMAGE = "image=192.168.1.100:5000/ur10e-act-train:1"
 VARIANTS = {  # beside the guides' commands; each with datasets and with a storage url
     "osmo-workflow.yaml": (
         [],
+        ["recordings=ur10e-rosbags/bags-0123456789ab"],
         ["steps=10", "memory=64Gi", "platform=p", "overrides=training.lr=5e-5 conventions.image_resize=[240,320]"],
     ),
     "osmo-workflow-ddp.yaml": ([], ["n_nodes=1"], ["n_nodes=2"], ["n_nodes=8"]),
-    "osmo-workflow-sweep.yaml": ([], ["wandb=true"], ["sweep=lr2e5:training.lr=2e-5 lr4e5:training.lr=4e-5"]),
-    "osmo-workflow-blob.yaml": ([], ["blob_credential=", "storage_account=account"]),
-    "osmo-workflow-train-eval.yaml": ([], ["eval_args=--rollout --max-mae=0.002", "eval_episodes=0 1"]),
-    "osmo-workflow-wandb.yaml": (
+    "osmo-workflow-sweep.yaml": (
         [],
-        ["mlflow_uri=https://mlflow.example.com", "mlflow_credential=wandb"],
+        ["wandb=true", "compare=false"],
+        ["eval_dataset=ur10e-eval-dataset"],
+        ["sweep=lr2e5:training.lr=2e-5 lr4e5:training.lr=4e-5"],
     ),
+    "osmo-workflow-blob.yaml": ([], ["blob_credential=", "storage_account=account"]),
+    "osmo-workflow-train-eval.yaml": (
+        [],
+        ["eval_dataset=ur10e-eval-dataset", "eval_args=--rollout --max-mae=0.002", "eval_episodes=0 1"],
+    ),
+    "osmo-workflow-wandb.yaml": ([], ["mlflow_uri=https://mlflow.example.com", "mlflow_credential=wandb"]),
 }
+SUBMIT = [  # what osmo/submit.py calls beside `osmo workflow`
+    ["osmo", "pool", "list"],
+    ["osmo", "dataset", "info", "ur10e-rosbags:bags-0123456789ab", "--format-type", "json"],
+    ["osmo", "dataset", "upload", "ur10e-rosbags:bags-0123456789ab", "../rosbag-to-lerobot/local_bags"],
+    ["osmo", "data", "list", "azure://account/container/ur10e-rosbags/bags-0123456789ab/", "--recursive", "--no-pager"],
+]
 PLACEHOLDERS = {"POOL": "gpu-pool", "REGISTRY": "192.168.1.100:5000", "TAG": "1"}  # at the workflows' heads
 
 
@@ -257,7 +269,8 @@ def submissions(checkout: Path, variants_too: bool) -> Iterator[list[str]]:
     for name, variants in VARIANTS.items() if variants_too else ():
         for variant in variants:
             for storage in ([], [STORAGE]):
-                images = [IMAGE, "eval_" + IMAGE] if "eval" in name else [IMAGE]
+                images = [IMAGE, "eval_" + IMAGE] if "eval" in name or "sweep" in name else [IMAGE]
+                variant = variant if storage else [word.replace("/bags-", ":bags-") for word in variant]
                 yield ["workflow", "submit", f"osmo/{name}", "--pool", "gpu-pool", "--set", *images, *variant, *storage]
 
 
@@ -274,7 +287,7 @@ def not_understood(checkout: Path, without_datasets: bool) -> Iterator[str]:
     for words in readme_commands(checkout / "README.md", checkout / "osmo/README.md"):
         if words[0] == "mkdir":
             os.makedirs(words[-1], exist_ok=True)
-    for words in osmo_commands(checkout):
+    for words in osmo_commands(checkout) + SUBMIT:
         if words[1] != "dataset" or not without_datasets:
             try:
                 with contextlib.redirect_stderr(io.StringIO()):

@@ -746,6 +746,19 @@ def test_compare_does_not_rank_across_different_data(evaluated: Path, tmp_path: 
     assert re.findall(r"^\s*(\d)  (\w) ", out, re.M) == [("1", "c"), ("2", "a"), ("1", "b")]
 
 
+@pytest.mark.parametrize("limit, code", [("0.001", 0), ("0.0009", 3)])
+def test_a_gate_of_a_comparison_is_about_the_best(evaluated: Path, tmp_path: Path, capsys, limit: str, code: int):
+    """One may meet it alone; beyond it the exit code is 3, after table and picture. Of two sets none is the best."""
+    arms = [str(results(tmp_path, evaluated, name, mae)) for name, mae in (("worse", 0.002), ("best", 0.001))]
+    options = ["--output", str(tmp_path / "picture.png"), "--max-mae", limit, "--max-p99-ms", "1e9"]
+    assert compare.main([*arms, *options]) == code
+    *_, mae, p99 = capsys.readouterr().out.splitlines()
+    assert mae == f"gate: --max-mae {limit}: {'EXCEEDED' if code else 'passed'} by the best (0.001)"
+    assert p99.startswith("gate: --max-p99-ms 1e+09: passed by the best (") and (tmp_path / "picture.png").exists()
+    other = str(results(tmp_path, evaluated, "other", 0.001, unit="rad"))
+    assert "2 different sets of frames, expected one" in refused(capsys, compare.main, [*arms, other, *options])
+
+
 def test_compare_refuses_what_is_no_evaluation(evaluated: Path, tmp_path: Path, capsys):
     assert "summary.json: not there" in refused(capsys, compare.main, [str(tmp_path)])
     (tmp_path / "summary.json").write_text('{"error": {}}')

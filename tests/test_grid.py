@@ -54,7 +54,7 @@ REFUSED = {
     ),
     "a quote": ('training.lr="1"', 'found ", expected values without quotes'),
     "a semicolon": ("training.lr=1;2", "found ;, expected values without"),
-    "21 runs": (f"training.seed={','.join(map(str, range(21)))}", "found 21 runs, expected at most 20"),
+    "21 runs": (f"training.seed={','.join(map(str, range(21)))}", "found 21 runs, expected at most 19"),
     "a long name": ("training.output_dir=/" + 50 * "x", "found a name of 60, expected at most 51 characters"),
 }
 

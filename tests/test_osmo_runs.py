@@ -1,7 +1,8 @@
-"""The workflows' own commands, rendered as OSMO renders them, run for real on sample bags: base, sweep, wandb, chain.
+"""The workflows' own commands, rendered as OSMO renders them, run for real on sample bags: base, wandb, chain.
 
 A task sees what its pod would: its injected files, its inputs where OSMO puts them, and nothing of this repository
-(osmo_task.py). Several nodes are in test_osmo_ddp.py, downloads from blob storage in test_osmo_blob.py.
+(osmo_task.py). A sweep is in test_osmo_guide.py, several nodes are in test_osmo_ddp.py, downloads from blob storage in
+test_osmo_blob.py.
 """
 
 from __future__ import annotations
@@ -252,6 +253,12 @@ WRONG = {  # the workflow, its task, what --set says, the message
     "a storage url that is a path": ("", "", ["storage_url=/mnt/share"], "storage_url: found '/mnt/share', expected"),
     "four GPUs for one process": ("", "", ["gpu=4"], "osmo-workflow-ddp.yaml with n_nodes=1 gpus_per_node=4"),
     "steps twice": ("", "", ["steps=10"], "overrides: training.steps=9: training.steps is given twice"),
+    "a sweep over what is held out": (
+        SWEEP,
+        "train-seed1",
+        ["sweep=seed1:training.seed=1 seed2:training.seed=2"],
+        "sweep: training.seed=1: each run would hold out other recordings",
+    ),
     "what the sweep varies": (SWEEP, "train-lr1e5-kl1", [], "training.lr=0.0001: training.lr is given twice: in"),
     "no GPU on a node": (
         DDP,
@@ -464,25 +471,6 @@ def test_each_gpu_needs_shared_memory_of_its_own(sample_bags: Path, tmp_path: Pa
         box.lose()
 
 
-def test_two_arms_of_the_sweep(sample_bags: Path, nothing: Path, tmp_path: Path):
-    """The first and the last of the six, at the same time, each with its settings; the last one with a storage url."""
-    arms = place(submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3)))
-    stored = place(submit(WORKFLOWS / "osmo-workflow-sweep.yaml", tiny(training__steps=3), STORAGE))
-    both = {"train-lr1e5-kl10": arms["train-lr1e5-kl10"], "train-lr1e4-kl1": stored["train-lr1e4-kl1"]}
-    boxes = {}
-    for arm, each in both.items():
-        each["args"].remove("--override=training.lr=0.0001")  # tiny() sets one, which would win over the arm's
-        boxes[arm] = TaskBox(tmp_path / arm, each, {0: sample_bags, 1: nothing})
-    processes = {arm: box.start() for arm, box in boxes.items()}
-    settings_of = {}
-    for arm, box in boxes.items():
-        assert box.wait(processes[arm]) == 0, box.log()
-        path = box.delivered / "train-rosbag-act/checkpoint_000003/pretrained_model/train_config.json"
-        training = json.loads(path.read_text())["config"]["training"]
-        settings_of[arm] = training["lr"], training["kl_weight"]
-    assert settings_of == {"train-lr1e5-kl10": (1e-5, 10.0), "train-lr1e4-kl1": (1e-4, 1.0)}
-
-
 def test_wandb_offline(sample_bags: Path, nothing: Path, tmp_path: Path):
     """The run is logged under the workflow's id; the key, an environment variable from a credential, is not shown."""
     key = "0123456789abcdef" * 2 + "01234567"
@@ -548,12 +536,10 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     assert any(name.startswith("abs_error_") for name in table.column_names)
 
 
-@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
-def test_without_a_dataset_the_held_out_recordings_are_evaluated(
-    storage: tuple[str, ...], finished: Path, sample_bags: Path, tmp_path: Path
-):
-    """Found by their names, however OSMO lays them out: below the dataset's own two folders, or at once."""
-    box = evaluation_box(tmp_path, finished / OUTPUT, sample_bags, "eval_dataset=", *storage)
+def test_without_a_dataset_the_held_out_recordings_are_evaluated(finished: Path, sample_bags: Path, tmp_path: Path):
+    """Found by their names, however OSMO lays them out: below the dataset's own two folders (test_osmo_guide.py), or
+    at once, as here."""
+    box = evaluation_box(tmp_path, finished / OUTPUT, sample_bags, "eval_dataset=", STORAGE)
     assert box.run() == 0, box.log()
     contract = json.loads((finished / RUN_DIR / "last/pretrained_model/train_config.json").read_text())
     summary = json.loads((box.delivered / "summary.json").read_text())

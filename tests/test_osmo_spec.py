@@ -49,7 +49,7 @@ each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path
 
 
 def training_tasks(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return [task for task in tasks(spec) if task["name"] != "eval-act"]
+    return [task for task in tasks(spec) if task["name"] not in ("eval-act", "compare-arms")]
 
 
 def overrides(task: dict[str, Any]) -> list[str]:
@@ -526,7 +526,7 @@ def test_ddp_has_four_nodes_by_default():
 def test_sweep_has_the_six_arms():
     spec = submit(OSMO / "osmo-workflow-sweep.yaml")
     arms = {}
-    for task in tasks(spec):
+    for task in training_tasks(spec):
         settings = dict(o.split("=", 1) for o in overrides(task))
         arms[task["outputs"][0]["dataset"]["name"]] = (settings["training.lr"], settings["training.kl_weight"])
         assert settings["wandb.enabled"] == "false" and "credentials" not in task
@@ -547,8 +547,8 @@ def test_sweep_with_wandb_and_another_grid():
     arms = parse_grid("training.lr=3e-5 conventions.image_resize=[240,320],null training.batch_size=8")
     spec = submit(OSMO / "osmo-workflow-sweep.yaml", "wandb=true", "sweep=" + "\n".join(map(str, arms)))
     check(spec, "6.3.1")
-    assert len(tasks(spec)) == len(arms) == 2
-    for task, arm in zip(tasks(spec), arms, strict=True):
+    assert len(training_tasks(spec)) == len(arms) == 2
+    for task, arm in zip(training_tasks(spec), arms, strict=True):
         assert task["name"] == f"train-{arm.name}" and "lr3e5-image_resize" in arm.name
         assert task["outputs"] == [{"dataset": {"name": f"ur10e-act-sweep-{arm.name}"}}]
         assert tuple(overrides(task)[:3]) == arm.settings
@@ -557,6 +557,42 @@ def test_sweep_with_wandb_and_another_grid():
         assert settings["wandb.enabled"] == "true" and settings["wandb.tags"] == "[sweep]"
         assert settings["wandb.run_name"] == f"sweep-{arm.name}" and "wandb.project" not in settings
         assert task["credentials"] == {"wandb": {"WANDB_API_KEY": "wandb_api_key"}}
+
+
+@pytest.mark.parametrize("storage", [(), (STORAGE,)], ids=["datasets", "storage_url"])
+@pytest.mark.parametrize("dataset", ["", "ur10e-eval-dataset"], ids=["held out", "LeRobot"])
+def test_the_last_task_of_a_sweep_compares_its_arms(dataset: str, storage: tuple[str, ...]):
+    """All of them, in the order of its inputs, on the same data; each arm knows what differs between them."""
+    path = OSMO / "osmo-workflow-sweep.yaml"
+    settings = [f"eval_dataset={dataset}", "eval_args=--rollout --max-mae=0.002", *storage]
+    spec = submit(path, *settings)
+    check(spec, "6.3.1")
+    *arms, comparison = place(spec).values()
+    assert comparison["name"] == "compare-arms" and comparison["image"].startswith("ur10e-act-eval")
+    assert [i.get("task") for i in comparison["inputs"]] == [None, *(arm["name"] for arm in arms)]
+    names = [word.removeprefix("--arm=") for word in comparison["args"] if word.startswith("--arm=")]
+    assert [f"train-{name}" for name in names] == [arm["name"] for arm in arms]
+    assert (dataset or "ur10e-rosbags") in str(comparison["inputs"][0])
+    assert f"--{'dataset' if dataset else 'bags'}=/osmo/data/input/0" in comparison["args"]
+    assert comparison["args"][-2:] == ["--rollout", "--max-mae=0.002"]
+    assert "ur10e-act-sweep-comparison" in str(comparison["outputs"])
+    for arm in arms:
+        differs = ";".join(overrides(arm)[:2])
+        data = f"--eval-dataset=/osmo/data/input/{2 if storage else 1}" if dataset else f"--eval-held-out={differs}"
+        assert {data, "--eval-option=--max-mae=0.002"} <= set(arm["args"])
+        assert ("meta/(info|stats)" in str(arm["inputs"])) is bool(dataset)
+        assert arm["environment"] == comparison["environment"]
+
+
+def test_a_sweep_need_not_be_compared():
+    """Then its arms are what they are without; a word that is neither true nor false is refused."""
+    path = OSMO / "osmo-workflow-sweep.yaml"
+    alone = submit(path, "compare=false")
+    check(alone, "6.3.1")
+    assert tasks(alone) == training_tasks(alone) and len(tasks(alone)) == 6
+    assert "--eval-" not in str([task["args"] for task in tasks(alone)])
+    with pytest.raises(SpecError, match="no"):
+        submit(path, "compare=no")
 
 
 def test_wandb_gets_its_key_and_is_on():
@@ -665,21 +701,6 @@ def test_the_readme_makes_folders_before_it_downloads_to_them():
                 made |= set(words[2:])
             if words[:1] == ["osmo"] and words[2] == "download":
                 assert words[-1].removeprefix("./") in made, words
-
-
-def test_the_readme_evaluates_as_the_evaluator_documents():
-    """Its options exist, and the checkpoints are where the downloads before put them."""
-    downloads = [w[3] for w in readme_commands(GUIDE) if w[1:3] == ["dataset", "download"]]
-    evaluations = [w for w in readme_commands(GUIDE) if w[:3] == ["python", "-m", "ur10e_deploy.offline_eval"]]
-    outputs = []
-    for words in evaluations:
-        arguments = offline_eval.parser().parse_args(words[3:])
-        folder, dataset, run = Path(arguments.checkpoint).parts
-        assert folder == "sweep" and dataset.startswith("ur10e-act-sweep-") and run == "train-rosbag-act"
-        outputs.append(str(arguments.output))
-    assert outputs and any("sweep" in name for name in downloads)
-    (compared,) = [w for w in readme_commands(GUIDE) if w[:3] == ["python", "-m", "ur10e_deploy.compare"]]
-    assert compared[3:] == outputs
 
 
 def test_the_readme_uses_the_cli_as_documented():

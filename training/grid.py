@@ -18,7 +18,8 @@ from .errors import ConfigError
 
 EXAMPLE = "training.lr=1e-5,5e-5,1e-4 training.kl_weight=10,1"
 SHORT = {"training.kl_weight": "kl"}  # in names; any other setting is called by its last part
-MAX_ARMS, MAX_NAME = 20, 51  # of OSMO: tasks in a workflow; characters of `train-NAME-group`, which may have 63
+MAX_ARMS = 19  # with the task that compares them, 20: OSMO takes so many in a workflow
+MAX_NAME = 51  # characters of `train-NAME-group`, which may have 63 on OSMO
 BETWEEN_VALUES = re.compile(r",(?![^\[{]*[\]}])")  # a comma, but not one in a list or mapping
 UNSAFE = re.compile(r"[\"'\\;\s]")  # would end a text, or the setting, in the workflow
 
@@ -67,7 +68,9 @@ def parse_grid(text: str) -> list[Arm]:
 
 def _check(arms: list[Arm]) -> None:
     if len(arms) > MAX_ARMS:
-        raise ConfigError(f"grid: found {len(arms)} runs, expected at most {MAX_ARMS}, which OSMO takes in a workflow")
+        raise ConfigError(
+            f"grid: found {len(arms)} runs, expected at most {MAX_ARMS}, which OSMO takes with their comparison"
+        )
     by_name: dict[str, Arm] = {}
     for arm in arms:
         if len(arm.name) > MAX_NAME:

@@ -2,9 +2,12 @@
 
     python -m ur10e_deploy.compare outputs/eval-*                         # folders that offline_eval wrote
     python -m ur10e_deploy.compare outputs/eval-a outputs/eval-b --output comparison.png
+    python -m ur10e_deploy.compare outputs/eval-* --max-mae 0.002     # exit 3 when even the best one is above: a gate
 
 Errors on different recordings say nothing about which policy is better: evaluations are ranked only among those of
 the same frames of the same data, with the same kind of action, and the table says where there are several such groups.
+
+Exit code 0: done; 1: bad input, with one line; 3: the best evaluation, that with the lowest MAE, exceeds a limit.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .offline_eval import ArgumentParser
+from .offline_eval import EXIT_GATE, ArgumentParser
 
 
 class CompareError(Exception):
@@ -84,11 +87,37 @@ def table(members: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     )
 
 
+def gates(groups: Sequence[Sequence[dict[str, Any]]], limits: dict[str, float | None]) -> list[tuple[str, bool]]:
+    """Each limit that is given, as a line about the best evaluation, and whether that passed.
+
+    Args:
+        groups: from group().
+        limits: --max-mae and --max-p99-ms, None where it is not given.
+
+    Raises:
+        CompareError: there are limits, and several groups: none of their best ones is the best of all.
+    """
+    given = {option: limit for option, limit in limits.items() if limit is not None}
+    if given and len(groups) > 1:
+        raise CompareError(
+            f"{', '.join(given)}: evaluations of {len(groups)} different sets of frames, expected one, in which one "
+            "is the best; evaluate all on the same recordings"
+        )
+    best = groups[0][0]
+    found = {"--max-mae": best["error"]["policy"]["mae"], "--max-p99-ms": best["latency"]["inference"]["p99_ms"]}
+    return [
+        (f"{o} {x:g}: {'passed' if found[o] <= x else 'EXCEEDED'} by the best ({found[o]:.4g})", found[o] <= x)
+        for o, x in given.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `python -m ur10e_deploy.compare`. Exit code 0, or 1 with one line."""
+    """Entry of `python -m ur10e_deploy.compare`. Exit codes: see the top of this file."""
     parser = ArgumentParser(prog="python -m ur10e_deploy.compare", description="Rank evaluations, best first.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="folders that offline_eval wrote")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: comparison.png")
+    parser.add_argument("--max-mae", type=float, metavar="X", help="exit 3 when the best one's MAE is above this")
+    parser.add_argument("--max-p99-ms", type=float, metavar="X", help="exit 3 when its 99th percentile is above this")
     args = parser.parse_args(argv)
     try:
         summaries = [read_summary(folder) for folder in args.results]
@@ -112,7 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\npicture: {args.output}")
         else:
             print("\npicture: none, matplotlib is not installed (pip install matplotlib)")
-        return 0
+        verdicts = gates(groups, {"--max-mae": args.max_mae, "--max-p99-ms": args.max_p99_ms})
+        for line, _ in verdicts:
+            print(f"gate: {line}", flush=True)
+        return 0 if all(passed for _, passed in verdicts) else EXIT_GATE
     except CompareError as error:
         line = str(error)
     except OSError as error:
