@@ -78,6 +78,9 @@ class DataConfig:
     state_topics: dict[str, str] | None = setting(None, "further states, {name: TOPIC:FIELD}, behind the joints")
     observed_only: list[str] = setting([], "names of states that are not in the action")
     state_units: dict[str, str] | None = setting(None, "units of states, {name: unit}; joints are in rad")
+    action_source: str = setting("next_state", "what joints' actions are of: next_state, or a topic of commands")
+    command_topics: dict[str, str] | None = setting(None, "commands of single states, {name: TOPIC:FIELD}")
+    command_max_age_ms: float | None = setting(500.0, "a command that is older is none, ms; null: none gets old")
     fps: float = setting(30.0, "rate of the training frames, Hz", low=0.1)
     max_offset_ms: float = setting(50.0, "a frame needs a sample of every topic this near, ms", low=0.0)
     joint_resample: str = setting("linear", "how joints are put on frames' times", choices=CHOICES["joint_resample"])
@@ -285,8 +288,7 @@ class Trainer:
             trackers.check_installed(cfg.wandb, cfg.mlflow)
         if cfg.training.compile == "true":
             device.check_compiler(world.device)
-        model = cfg.model
-        weights = None if resume_from else backbone_weights(model.vision_backbone, model.pretrained_backbone)
+        weights = None if resume_from else backbone_weights(cfg.model.vision_backbone, cfg.model.pretrained_backbone)
         state = lerobot_checkpoint.load_training_state(resume_from) if world.is_main and resume_from else None
         self._prepare_data(was=world.share(state and state["fingerprint"]))
         self._build_model(weights)
@@ -640,9 +642,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file with what differs from the defaults")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="set one key; repeatable")
     parser.add_argument("--resume", action="store_true", help="short for training.resume=auto: go on, or start")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the run in training.output_dir; not on a restart"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is there; not on a restart")
     args = parser.parse_args(argv)
     stop = StopSignal()
     world = cfg = None

@@ -4,8 +4,8 @@ The way of the data, with the room (module) that does each step:
 
     folder -> bags         bags.py, opened by storage.py   which recordings there are, and their messages as bytes
     bag -> recording       reading.py                      one pass: topics.py takes time stamps and joint positions
-                                                           out of the messages, fields.py further states, images.py
-                                                           and video.py pixels
+                                                           out of the messages, fields.py further states, commands.py
+                                                           commands, images.py and video.py pixels
     recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
     entry -> episode       synchronisation.py              at every start: time grid, states, actions, segments
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
@@ -33,13 +33,24 @@ from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATIO
 from .reading import Recording, read_bag
 from .reports import data_notes, sync_table
 from .samples import ChunkDataset, open_pixels
-from .settings import CHOICES, UR_JOINTS, BagSettings, action_unit, setting_rules, settings_from, state_rules
+from .settings import (
+    CHOICES,
+    NEXT_STATE,
+    UR_JOINTS,
+    BagSettings,
+    action_unit,
+    command_rules,
+    setting_rules,
+    settings_from,
+    state_rules,
+)
 from .statistics import angle_references, compute_stats
 from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
 
 __all__ = [
     "COMPRESSED_TYPE",
+    "NEXT_STATE",
     "IMAGE_TYPE",
     "MAX_PIXELS",
     "NO_LOCKS",
@@ -59,6 +70,7 @@ __all__ = [
     "build_entry",
     "cache_key",
     "clean_cache",
+    "command_rules",
     "compute_stats",
     "data_notes",
     "divide",

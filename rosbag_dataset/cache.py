@@ -7,6 +7,7 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     joint_time_ns.npy    int64 ns
     joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
     state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
+    command.NAME.*.npy   of each state that was commanded, the arrays of commands.Commands
     meta.json            sizes of the images, a hash of each camera's first, which further states are held; how many
                          joint messages and packets of video were of no use, if any; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
@@ -21,6 +22,7 @@ Must not know: fps, segments, actions: what changes without decoding a bag again
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -36,12 +38,14 @@ from typing import Any
 import numpy as np
 
 from .bags import Bag
+from .commands import Commands
 from .errors import DISK_FULL, NO_LOCKS, SetupError
 from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
 from .reading import Recording, Samples, image_sha256, read_bag
 from .settings import BagSettings
 
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
+COMMAND_PARTS = tuple(field.name for field in dataclasses.fields(Commands))
 IN_USE = "in-use.lock"  # held shared by each process that builds or reads entries, alone by one that removes some
 _in_use: dict[Path, Any] = {}  # cache folder -> that file, open until the process ends
 
@@ -71,6 +75,10 @@ def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
     }
     if settings.state_topics:  # without any, entries from before they were there are the same
         parts["state_topics"] = {name: field.text for name, field in settings.state_topics.items()}
+    if settings.commanded.any():
+        parts["action_source"] = settings.action_source
+        parts["command_topics"] = {name: field.text for name, field in settings.command_topics.items()}
+        parts["observed_only"] = settings.observed_only  # of these no command is stored
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -216,6 +224,9 @@ def _write_entry(
     for name, samples in recording.states.items():
         save(building / f"state.{name}.time_ns.npy", samples.time_ns)
         save(building / f"state.{name}.value.npy", samples.value)
+    for name, commands in recording.commands.items():
+        for part in COMMAND_PARTS:
+            save(building / f"command.{name}.{part}.npy", getattr(commands, part))
     meta = {
         "bag": bag.name, "image_shape": recording.image_shape, "source_shape": recording.source_shape,
         "first_image": recording.first_image,
@@ -226,6 +237,8 @@ def _write_entry(
         meta["held_states"] = {name: samples.held for name, samples in recording.states.items()}
     if recording.dropped_packets:
         meta["dropped_packets"] = recording.dropped_packets
+    if recording.commands:
+        meta["commands"] = list(recording.commands)
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -281,6 +294,10 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
                     np.load(entry / f"state.{name}.time_ns.npy"), np.load(entry / f"state.{name}.value.npy"), held
                 )
                 for name, held in meta.get("held_states", {}).items()
+            },
+            commands={
+                name: Commands(*(np.load(entry / f"command.{name}.{part}.npy") for part in COMMAND_PARTS))
+                for name in meta.get("commands", ())
             },
             dropped_packets={camera: tuple(counts) for camera, counts in meta.get("dropped_packets", {}).items()},
         )

@@ -27,7 +27,7 @@ from .episodes import check_same_size, mark_copy
 from .errors import BagError
 from .reading import read_bag
 from .reports import sync_table
-from .settings import CHOICES, BagSettings, Rule, setting_rules, settings_from, state_rules
+from .settings import CHOICES, BagSettings, Rule, command_rules, setting_rules, settings_from, state_rules
 from .statistics import angle_references
 from .storage import open_storage, topics_of
 from .synchronisation import Episode, refer_angles, synchronise
@@ -163,6 +163,12 @@ def check_settings(settings: BagSettings, where: str) -> None:
         *state_rules(
             settings.joint_names, settings.joint_topic, {n: field.text for n, field in settings.state_topics.items()},
             settings.observed_only, settings.state_units, settings.camera_topics,
+        ),
+        *command_rules(
+            settings.joint_names, settings.joint_topic, {n: field.text for n, field in settings.state_topics.items()},
+            settings.observed_only, settings.action_source,
+            {n: field.text for n, field in settings.command_topics.items()}, settings.command_max_age_ms,
+            settings.camera_topics,
         ),
     ]  # fmt: skip
     for holds, key, found, expected in rules:

@@ -11,24 +11,32 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .bags import Bag
+from .commands import Commands, followed, held
 from .errors import BagError
 from .fields import TopicField, is_held
 from .images import height_by_width, read_image, resize_image
 from .settings import BagSettings
 from .storage import messages, open_storage, topics_of
 from .topics import (
+    ARRAY_TYPE,
+    TRAJECTORY_TYPE,
     bag_typestore,
     check_fields,
     check_joints,
     check_topics,
+    commanded_positions,
     joint_positions,
     parse_message,
+    source_joints,
     time_stamp,
+    trajectory_points,
     typestore_for,
+    wanted_fields,
     wanted_topics,
 )
 from .video import VIDEO_TYPES, VideoDecoder
@@ -61,6 +69,7 @@ class Recording:
     first_image: dict[str, str] = field(default_factory=dict)  # camera -> SHA-256 of its first image, see sha256()
     ignored_joint_messages: int = 0  # messages of the joint topic that have none of the joints, and are in no row
     states: dict[str, Samples] = field(default_factory=dict)  # by their names in data.state_topics
+    commands: dict[str, Commands] = field(default_factory=dict)  # by the names of the states that were commanded
     # Of a camera with video: its messages before the first keyframe, and later ones that gave no picture. They have no
     # time and no picture here. Only cameras that have some; known only if pixels were decoded.
     dropped_packets: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -113,11 +122,12 @@ def read_bag(
     stored: dict[str, tuple[int, int]] = {}
     videos: dict[str, VideoDecoder] = {}
     ignored = 0
-    fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (state, its field)
-    for name, topic_field in settings.state_topics.items():
-        fields_of.setdefault(topic_field.topic, []).append((name, topic_field))
-    state_times: dict[str, list[int]] = {name: [] for name in settings.state_topics}
-    state_values: dict[str, list[bool | int | float]] = {name: [] for name in settings.state_topics}
+    fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (config key of a number, its field)
+    for key, topic_field in wanted_fields(settings).items():
+        fields_of.setdefault(topic_field.topic, []).append((key, topic_field))
+    field_times: dict[str, list[int]] = {key: [] for key in wanted_fields(settings)}
+    field_values: dict[str, list[bool | int | float]] = {key: [] for key in field_times}
+    commands = _JointCommands(settings)
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
 
     def keep(camera: str, time_ns: int, image: np.ndarray | None, shape: tuple[int, int] | None, raw: bytes) -> None:
@@ -149,11 +159,14 @@ def read_bag(
             read[topic] += 1
             where = f"{bag.name}: {topic}, message {read[topic]}"
             message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
-            for name, topic_field in fields_of.get(topic, ()):
+            for key, topic_field in fields_of.get(topic, ()):
                 value = topic_field.read(message, where)
                 if value is not None:
-                    state_times[name].append(time_stamp(message, receive_ns, settings.time_source, where))
-                    state_values[name].append(value)
+                    field_times[key].append(time_stamp(message, receive_ns, settings.time_source, where))
+                    field_values[key].append(value)
+            if topic == settings.action_source:
+                time_ns = time_stamp(message, receive_ns, settings.time_source, where)
+                commands.add(message, msgtype, time_ns, where)
             if topic == settings.joint_topic:
                 row = joint_positions(message, settings.joint_names, where)
                 if row is None:
@@ -188,8 +201,19 @@ def read_bag(
         {camera: first_image[camera] for camera in settings.camera_topics},
         ignored,
         {
-            name: Samples(np.array(state_times[name], np.int64), np.array(values, np.float64), is_held(values[0]))
-            for name, values in state_values.items()
+            name: Samples(
+                np.array(field_times[key], np.int64),
+                np.array(field_values[key], np.float64),
+                is_held(field_values[key][0]),
+            )
+            for name in settings.state_topics
+            for key in [f"data.state_topics.{name}"]
+        },
+        commands.series()
+        | {
+            name: held(field_times[key], field_values[key])
+            for name in settings.command_topics
+            for key in [f"data.command_topics.{name}"]
         },
         {
             c: (v.before_keyframe, v.without_picture)
@@ -197,6 +221,38 @@ def read_bag(
             if v.before_keyframe or v.without_picture
         },
     )
+
+
+class _JointCommands:
+    """What data.action_source said, message by message, and the joints' commands of it in the end."""
+
+    def __init__(self, settings: BagSettings) -> None:
+        self._names, self._joints = settings.joint_names, source_joints(settings)
+        # (time in ns, (P,) ns from there to each point, (P, J) values); of what is no trajectory one row
+        self._said: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._trajectories = False
+
+    def add(self, message: Any, msgtype: str, time_ns: int, where: str) -> None:
+        """Take a message that came at `time_ns`. Raises BagError when it is no command."""
+        if msgtype == TRAJECTORY_TYPE:
+            self._trajectories = True
+            if (points := trajectory_points(message, self._names, where)) is not None:
+                self._said.append((time_ns, *points))
+            return
+        positions = commanded_positions if msgtype == ARRAY_TYPE else joint_positions
+        if (row := positions(message, self._names, where)) is not None:
+            self._said.append((time_ns, np.zeros(1, np.int64), row[None]))
+
+    def series(self) -> dict[str, Commands]:
+        """Joint -> its commands, of those for which data.action_source is asked."""
+        found = {}
+        for j in self._joints:
+            said = [(t, offset, rows[:, j]) for t, offset, rows in self._said if not np.isnan(rows[0, j])]
+            if self._trajectories:
+                found[self._names[j]] = followed(said)
+            else:
+                found[self._names[j]] = held([t for t, _, _ in said], [float(value[0]) for _, _, value in said])
+        return found
 
 
 def image_sha256(image: bytes | memoryview) -> str:

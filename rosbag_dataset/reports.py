@@ -59,6 +59,11 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     for report in sync_reports:
         if report["joints_never_moved"]:
             lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
+        if report["dropped_without_command"]:
+            lines.append(
+                f"note: {report['episode']}: {report['dropped_without_command']} frames dropped without a command, or "
+                "with one older than data.command_max_age_ms"
+            )
         if report["states_never_changed"]:
             lines.append(f"note: {report['episode']}: never changed: {', '.join(report['states_never_changed'])}")
         if report.get("copy_of"):
@@ -88,6 +93,12 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 f"{step['rad']:.3f} rad at {step['at_s']:.3f} s, {step['rad_per_s']:.0f} rad/s), "
                 f"{report['dropped_at_joint_jumps']} frames dropped"
             )
+    lags = [r["commands"]["joints_lag_s"] for r in sync_reports if r["commands"].get("joints_lag_s") is not None]
+    if lags:
+        lines.append(
+            f"the joints lag their commands by {np.median(lags):.3f} s (median of {len(lags)} episodes; "
+            f"{min(lags):.3f} to {max(lags):.3f} s)"
+        )
     if ignored := sum(report["ignored_joint_messages"] for report in sync_reports):
         count = sum(report["ignored_joint_messages"] > 0 for report in sync_reports)
         lines.append(

@@ -113,11 +113,7 @@ class ChunkDataset:
             episode = self.episodes[e]
             count = min(self.chunk_size, int(self._stop_of[i]) - t)
             batch["observation.state"][b] = episode.state[t]
-            if episode.action_mode == "relative":
-                offsets = episode.path_rad[t + 1 : t + 1 + count] - episode.path_rad[t]
-                batch["action"][b, :count] = offsets[:, episode.acted]
-            else:
-                batch["action"][b, :count] = episode.action[t : t + count]
+            batch["action"][b, :count] = episode.chunk(t, count)
             batch["action_is_pad"][b, :count] = False
             for camera in episode.image_shape:
                 image = episode.image_index[camera][t]

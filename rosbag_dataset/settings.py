@@ -31,7 +31,11 @@ CHOICES = {
 }
 
 # Keys that a checkpoint from before they were there does not have, and what that means.
-SINCE: dict[str, Any] = {"state_topics": None, "observed_only": (), "state_units": None}
+NEXT_STATE = "next_state"  # data.action_source: actions are of what was measured a frame later
+SINCE: dict[str, Any] = {
+    "state_topics": None, "observed_only": (), "state_units": None,
+    "action_source": NEXT_STATE, "command_topics": None, "command_max_age_ms": None,
+}  # fmt: skip
 
 Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
 
@@ -50,6 +54,10 @@ class BagSettings:
             all.
         observed_only: names of states that are not in the action, which has the other A, in the same order.
         state_units: name of a state -> its unit, for people; joints are in rad unless it says otherwise.
+        action_source: NEXT_STATE, or the topic on which joints are commanded: a JointTrajectory, the JointState of a
+            leader (both by name), or the Float64MultiArray of a forward controller (in the order of joint_names).
+        command_topics: name of a state -> where its command stands; goes before action_source.
+        command_max_age_ms: a command that is older has no action; None: commands never get old.
         fps: rate of the training frames in Hz.
         max_offset_ms: a frame needs a sample of every topic within this many milliseconds.
         joint_resample: "linear" or "nearest".
@@ -60,7 +68,8 @@ class BagSettings:
         wrap_angles: wrap revolute joints to within half a turn of a reference (synchronisation.refer_angles).
         image_resize: (H, W) of the stored frames, or None to keep the camera's size.
         action_mode: what the k-th action, k >= 1, of a chunk from frame t is: "delta" (q[t+k] - q[t+k-1]), "absolute"
-            (q[t+k]) or "relative" (q[t+k] - q[t], the offset from the state in which the chunk was predicted).
+            (q[t+k]) or "relative" (q[t+k] - q[t], the offset from the state in which the chunk was predicted). Of what
+            is commanded the command in force at frame t+k-1 stands for q[t+k].
         min_used_share: a recording is refused if frames cover less than this share of its time.
         on_bad_bag: "error" or "skip".
     """
@@ -73,6 +82,9 @@ class BagSettings:
     state_topics: dict[str, TopicField]
     observed_only: tuple[str, ...]
     state_units: dict[str, str]
+    action_source: str
+    command_topics: dict[str, TopicField]
+    command_max_age_ms: float | None
     fps: float
     max_offset_ms: float
     joint_resample: str
@@ -95,6 +107,12 @@ class BagSettings:
     def acted(self) -> np.ndarray:
         """(A,) int64: which states are in the action, too."""
         return np.flatnonzero([name not in self.observed_only for name in self.state_names])
+
+    @property
+    def commanded(self) -> np.ndarray:
+        """(A,) bool: which of them have actions from commands; the others from what was measured a frame later."""
+        by_source = self.joint_names if self.action_source != NEXT_STATE else ()
+        return np.array([self.state_names[i] in {*self.command_topics, *by_source} for i in self.acted])
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -133,6 +151,9 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
         values["state_topics"] = {name: parse_field(text) for name, text in (values["state_topics"] or {}).items()}
         values["observed_only"] = tuple(values["observed_only"] or ())
         values["state_units"] = dict(values["state_units"] or {})
+        values["command_topics"] = {n: parse_field(text) for n, text in (values["command_topics"] or {}).items()}
+        if values["command_max_age_ms"] is not None:
+            values["command_max_age_ms"] = float(values["command_max_age_ms"])
         values["joint_sign"] = tuple(float(s) for s in values["joint_sign"] or ())
         values["image_resize"] = tuple(values["image_resize"]) if values["image_resize"] else None
         for name in ("fps", "max_offset_ms", "min_used_share"):
@@ -167,6 +188,31 @@ def setting_rules(
         (0 <= min_used_share <= 1, "data.min_used_share", min_used_share, "a share from 0 to 1"),
         (distinct, "data.camera_topics", dict(cameras), "a topic of its own per camera"),
     ]
+
+
+def command_rules(
+    joint_names: Sequence[str], joint_topic: str, state_topics: Mapping[str, str], observed_only: Sequence[str],
+    action_source: str, command_topics: Mapping[str, str], command_max_age_ms: float | None, cameras: Mapping[str, str],
+) -> list[Rule]:  # fmt: skip
+    """Rules between the settings of commands; topics and `cameras` as in a config, with texts."""
+    acted = [name for name in (*joint_names, *state_topics) if name not in observed_only]
+    taken = {joint_topic, *cameras.values()}
+    source = action_source == NEXT_STATE or (action_source.startswith("/") and action_source not in taken)
+    broken = []
+    for text in command_topics.values():
+        try:
+            if parse_field(text).topic in cameras.values():
+                broken.append(text)
+        except ValueError:
+            broken.append(text)
+    return [
+        (source, "data.action_source", action_source, f"{NEXT_STATE}, or a topic of commands, which begins with /"),
+        (set(command_topics) <= set(acted), "data.command_topics", list(command_topics),
+         f"names of states that are acted on: {', '.join(acted)}"),
+        (not broken, "data.command_topics", broken, f"{EXAMPLE}, of each"),
+        (command_max_age_ms is None or 0 < command_max_age_ms < math.inf, "data.command_max_age_ms",
+         command_max_age_ms, "above 0, or null"),
+    ]  # fmt: skip
 
 
 def state_rules(

@@ -35,8 +35,8 @@ def compute_stats(
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
     """Mean and standard deviation of the training episodes, for normalisation.
 
-    State: every kept frame. Action: every frame that has one; relative ones: every one of every frame's chunk, as
-    training sees them. Images: ImageNet's, or per channel over every stored
+    State: every kept frame. Action: every frame that has one; relative ones, and deltas of commands: every one of every
+    frame's chunk, as training sees them. Images: ImageNet's, or per channel over every stored
     frame of each camera, in [0, 1] ("dataset"; computed once per cache entry and kept beside it).
 
     Args:
@@ -61,13 +61,13 @@ def compute_stats(
         has_action = np.arange(len(episode.time_ns)) < episode.action_stop
         if not has_action.any():
             continue
-        if episode.action_mode != "relative":
+        if episode.action_mode == "absolute" or (episode.action_mode == "delta" and episode.target is None):
             action = _merge(action, _moments(episode.action[has_action]))
         else:
             for start, stop in episode.segments:
-                path = episode.path_rad[start:stop, episode.acted]
-                for k in range(1, min(chunk_size, len(path) - 1) + 1):
-                    action = _merge(action, _moments(path[k:] - path[:-k]))
+                count = stop - episode.ahead - start  # of frames with an action
+                for k in range(1, min(chunk_size, count) + 1):
+                    action = _merge(action, _moments(episode.chunk_actions(start, count, k)))
     if state is None or action is None:
         raise BagError(
             "no episode has two consecutive frames, so that there is no action to learn; see data.max_offset_ms"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .commands import delay_s
 from .errors import BagError
 from .reading import Recording
 from .settings import BagSettings
@@ -37,7 +38,7 @@ class Episode:
 
     Frames that lack a sample of some camera or state were dropped. A segment is a run of frames with none dropped in
     between; neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a
-    segment's last frame has none.
+    segment's last frame has none; where all actions are of commands, it is of the command in force at frame t.
     """
 
     name: str
@@ -57,14 +58,35 @@ class Episode:
     action_mode: str = ""  # what actions are: BagSettings.action_mode
     acted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (A,) which states are in the action
     joints: int = 0  # how many of the states, the first, are joints
+    # (T, A) float64, where the action of frame t leads: on path_rad. None without commands: to frame t+1's path_rad.
+    target: np.ndarray | None = None
+    ahead: int = 1  # frames from a frame to the one that its action needs: 0 where all actions are of commands
 
     @property
     def action_stop(self) -> np.ndarray:
         """(T,) int64: for each frame the index behind the last action of its segment; == t where t has none."""
         stop = np.empty(len(self.time_ns), np.int64)
         for first, last in self.segments:
-            stop[first:last] = last - 1
+            stop[first:last] = last - self.ahead
         return stop
+
+    def chunk(self, t: int, count: int) -> np.ndarray:
+        """(count, A): the actions of a chunk from frame t, `count` of which lie in t's segment."""
+        if self.action_mode == "relative":
+            return self._target(t, t + count) - self.path_rad[t, self.acted]
+        if self.action_mode == "absolute" or self.target is None:
+            return self.action[t : t + count]
+        return np.diff(self.target[t : t + count], axis=0, prepend=self.path_rad[t, self.acted][None])
+
+    def chunk_actions(self, start: int, count: int, k: int) -> np.ndarray:
+        """(count - k + 1, A): the k-th actions, k >= 1, of the chunks from `count` frames of a segment."""
+        target, stop = self._target(start, start + count), start + count - k + 1
+        if self.action_mode == "relative" or k == 1:
+            return target[k - 1 :] - self.path_rad[start:stop, self.acted]
+        return np.diff(target, axis=0)[k - 2 :]
+
+    def _target(self, start: int, stop: int) -> np.ndarray:
+        return self.path_rad[start + 1 : stop + 1, self.acted] if self.target is None else self.target[start:stop]
 
 
 def synchronise(
@@ -135,8 +157,8 @@ def synchronise(
             f"both sides, at most twice that apart); median offsets: {worst}"
         )
     fastest, jumps = _fast_steps(joint_streams, begin, end, settings)
-    kept = whole & ~_at_jumps(jumps, ticks)
-    if fastest is not None and (len(jumps) > MAX_JUMPS or not kept.any()):
+    steady = whole & ~_at_jumps(jumps, ticks)
+    if fastest is not None and (len(jumps) > MAX_JUMPS or not steady.any()):
         raise BagError(
             f"{name}: {settings.joint_topic}: {fastest['joint']} jumps by {fastest['rad']:.3f} rad at "
             f"{begin / 1e9 + fastest['at_s']:.3f} s ({fastest['rad_per_s']:.0f} rad/s), one of {len(jumps)} steps "
@@ -144,6 +166,7 @@ def synchronise(
             f"ros2 topic info -v {settings.joint_topic}; record with one of them, or leave this recording out with "
             "data.on_bad_bag: skip"
         )
+    commands, kept = _commands(name, recording, ticks, steady, settings)
     first_ns, last_ns = min(t[0] for t in streams.values()), max(t[-1] for t in streams.values())
     recorded_s, used_s = (last_ns - first_ns) / 1e9 + 1 / settings.fps, int(kept.sum()) / settings.fps
     if used_s < settings.min_used_share * recorded_s:
@@ -185,7 +208,8 @@ def synchronise(
         "dropped": int((~kept).sum()),
         "dropped_in_joint_gaps": int((near & ~joints_whole).sum()),
         "dropped_in_state_gaps": int((joints_whole & ~whole).sum()),
-        "dropped_at_joint_jumps": int((whole & ~kept).sum()),
+        "dropped_at_joint_jumps": int((whole & ~steady).sum()),
+        "dropped_without_command": int((steady & ~kept).sum()),
         "joint_jumps": len(jumps),
         "fastest_joint_step": fastest,
         "ignored_joint_messages": recording.ignored_joint_messages,
@@ -194,7 +218,7 @@ def synchronise(
         },
         "max_offset_ms_that_keeps_95_percent": math.ceil(np.quantile(needed_ms, 0.95)),
         "segments": len(segments),
-        "frames_without_action": len(segments),
+        "frames_without_action": 0 if settings.commanded.all() else len(segments),
         "repeated_images": {
             c: int(sum((np.diff(i[a:b]) == 0).sum() for a, b in segments)) for c, i in image_index.items()
         },
@@ -212,6 +236,7 @@ def synchronise(
         },
         "joints_never_moved": [n for n, m in zip(settings.joint_names, moved, strict=True) if not m],
         "states_never_changed": [n for n in settings.state_topics if np.ptp(recording.states[n].value) == 0],
+        "commands": _command_report(recording, joint_streams, begin, end, settings),
         "still_share": _still_share(joint_streams),
         "rest_at_start_s": _rest_at_start_s(path[:, : len(moved)], settings.fps),
         "image_age_s": {
@@ -224,8 +249,10 @@ def synchronise(
         name, ticks[kept], none, none, segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
         stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path, action_mode=settings.action_mode,
-        acted=settings.acted, joints=len(settings.joint_names),
+        acted=settings.acted, joints=len(settings.joint_names), ahead=0 if settings.commanded.all() else 1,
     )  # fmt: skip
+    if settings.commanded.any():
+        episode.target = _targets(path[:, settings.acted], commands[kept], settings)
     if settings.wrap_angles:
         refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
     else:
@@ -236,8 +263,96 @@ def synchronise(
 def _place(episode: Episode, state: np.ndarray, settings: BagSettings) -> None:
     """Give an episode its states (T, S) float64, and the actions that follow from them."""
     episode.state = state.astype(np.float32)
+    if episode.target is not None:
+        episode.action = _commanded_actions(state, episode)
+        return
     action = _actions(state, episode.path_rad, episode.segments, settings)
     episode.action = action[:, episode.acted].astype(np.float32)
+
+
+def _commands(
+    name: str, recording: Recording, ticks_ns: np.ndarray, steady: np.ndarray, settings: BagSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """The commands in force at the ticks, (T, A) float64, NaN of what has none; and which ticks are kept, (T,) bool.
+
+    Those of the `steady` ones at which all that is commanded has a command that is not too old.
+
+    Raises:
+        BagError: that is none, or the clock was set back while commands were recorded.
+    """
+    commands, kept = np.full((len(ticks_ns), len(settings.acted)), np.nan), steady.copy()
+    oldest: dict[str, float] = {}
+    for column in np.flatnonzero(settings.commanded):
+        state = settings.state_names[settings.acted[column]]
+        given = recording.commands[state]
+        _check_clock(f"{name}: commands of {state}", given.message_ns, settings)
+        commands[:, column], age_ns = given.at(ticks_ns)
+        oldest[state] = float(np.median(age_ns[steady])) / 1e6
+        kept &= age_ns <= (np.inf if settings.command_max_age_ms is None else settings.command_max_age_ms * 1e6)
+        kept &= np.isfinite(commands[:, column])
+    if not kept.any():
+        ages = ", ".join(f"{state} {age:.0f} ms" for state, age in oldest.items())
+        raise BagError(
+            f"{name}: no frame has a command of each of these states that is at most data.command_max_age_ms "
+            f"{settings.command_max_age_ms} old; median ages: {ages}"
+        )
+    return commands, kept
+
+
+def _targets(path: np.ndarray, commands: np.ndarray, settings: BagSettings) -> np.ndarray:
+    """(T, A) float64, where each frame's action leads: its command on the turn of the path, or else the next path.
+
+    Args:
+        path: (T, A) float64, what was measured, without jumps.
+        commands: (T, A) float64, those in force, in the robot's own sign.
+        settings: which are commanded, which are angles, signs.
+    """
+    target, acted = np.concatenate([path[1:], path[-1:]]), settings.acted
+    sign = np.ones(len(settings.state_names))
+    if settings.apply_joint_sign:
+        sign[: len(settings.joint_names)] = settings.joint_sign
+    for column in np.flatnonzero(settings.commanded):
+        command = commands[:, column] * sign[acted[column]]
+        if settings.wrap_angles and settings.revolute[acted[column]]:
+            command = wrap_to_pi(command, path[:, column])
+        target[:, column] = command
+    return target
+
+
+def _commanded_actions(state: np.ndarray, episode: Episode) -> np.ndarray:
+    """(T, A) float32: the first action of the chunk from each frame; zeros where a frame has none.
+
+    Absolute ones are on the turn on which the first frame's state is, as those of _actions().
+    """
+    assert episode.target is not None
+    acted, has_action = episode.acted, np.arange(len(state)) < episode.action_stop
+    if episode.action_mode == "absolute":
+        action = episode.target + (state[0] - episode.path_rad[0])[acted]
+    else:
+        action = episode.target - episode.path_rad[:, acted]
+    return np.where(has_action[:, None], action, 0).astype(np.float32)
+
+
+def _command_report(
+    recording: Recording, joint_streams: Sequence[_Stream], begin: int, end: int, settings: BagSettings
+) -> dict[str, Any]:
+    """What was commanded: of each state its messages and their rate, and the joints' delay behind all commands."""
+    of_state = {j: (s, i) for s in joint_streams for i, j in enumerate(s.states)}
+    names = [settings.state_names[i] for i in settings.acted[settings.commanded]]
+    pairs = []
+    for name in names:
+        if name in settings.joint_names:
+            stream, column = of_state[settings.joint_names.index(name)]
+            given = recording.commands[name]
+            angles = np.unwrap(given.value) if settings.revolute[stream.states[column]] else given.value
+            pairs.append(((given.time_ns, angles), (stream.time_ns, stream.path[:, column])))
+    delay = delay_s([asked for asked, _ in pairs], [done for _, done in pairs]) if pairs else None
+    rates = {}
+    for name in names:
+        times = recording.commands[name].message_ns
+        hz = (len(times) - 1) * 1e9 / max(1, int(times.max() - times.min()))
+        rates[name] = {"messages": len(times), "rate_hz": round(hz, 2)}
+    return {"of": rates, "joints_lag_s": delay} if names else {}
 
 
 def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSettings) -> None:

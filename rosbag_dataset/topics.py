@@ -1,8 +1,8 @@
 """The door for topics: which ones are read, whether a bag has them, and how a message becomes a time and numbers.
 
 These are the joint topic, read by joint name from whichever message carries the joint; the topics of further states,
-each a field of some message (fields.py); and the cameras' topics. wanted_topics() names them all, so that all are
-checked alike.
+each a field of some message (fields.py); what was commanded; and the cameras' topics. wanted_topics() names them all,
+so that all are checked alike.
 
 Knows: message types and fields, joint names, clocks.
 Must not know: how files are read (storage.py) and pixels decoded (images.py), the time grid (synchronisation.py).
@@ -21,25 +21,44 @@ from rosbags.typesys.store import Typestore
 from .bags import Bag
 from .definitions import register
 from .errors import BagError, SetupError
+from .fields import TopicField
 from .images import COMPRESSED_TYPE, IMAGE_TYPE
-from .settings import BagSettings
+from .settings import NEXT_STATE, BagSettings
 from .storage import Storage, definition_of, messages, topics_of
 from .video import VIDEO_TYPES
 
 JOINT_TYPE = "sensor_msgs/msg/JointState"
+TRAJECTORY_TYPE, ARRAY_TYPE = "trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"
+MAX_TRAJECTORY_NS = 24 * 3600 * 10**9
 NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
 
 
 def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
-    """(config key, topic, message types it may have) of each topic that is read: joints', cameras', further states'.
+    """(config key, topic, message types it may have) of each topic that is read.
 
-    A topic may be there more than once. No types: any that has the field.
+    Joints', cameras', further states', commands'. One may be there more than once. No types: any that has the field.
     """
     wanted = [("data.joint_topic", settings.joint_topic, {JOINT_TYPE})]
     pictures = {IMAGE_TYPE, COMPRESSED_TYPE, *VIDEO_TYPES}
     wanted += [(f"data.camera_topics.{c}", t, pictures) for c, t in settings.camera_topics.items()]
-    wanted += [(f"data.state_topics.{name}", field.topic, set()) for name, field in settings.state_topics.items()]
+    if settings.action_source != NEXT_STATE:
+        wanted.append(("data.action_source", settings.action_source, {JOINT_TYPE, TRAJECTORY_TYPE, ARRAY_TYPE}))
+    wanted += [(key, field.topic, set()) for key, field in wanted_fields(settings).items()]
     return wanted
+
+
+def wanted_fields(settings: BagSettings) -> dict[str, TopicField]:
+    """Config key -> field, of further states and of their commands."""
+    states = {f"data.state_topics.{name}": field for name, field in settings.state_topics.items()}
+    return states | {f"data.command_topics.{name}": field for name, field in settings.command_topics.items()}
+
+
+def source_joints(settings: BagSettings) -> list[int]:
+    """Which of data.joint_names are to be found on data.action_source: those acted on without a topic of their own."""
+    if settings.action_source == NEXT_STATE:
+        return []
+    without = {*settings.observed_only, *settings.command_topics}
+    return [j for j, name in enumerate(settings.joint_names) if name not in without]
 
 
 def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> None:
@@ -71,15 +90,24 @@ def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
 def check_joints(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> None:
     """Every joint of data.joint_names is in some message; reads only until all were seen: mostly one message.
 
-    Said here, a wrong name costs no decoding of pixels.
+    Said here, a wrong name costs no decoding of pixels. So are those that are to be commanded by name.
 
     Raises:
         BagError: naming joints that are in no message, and those that are in some.
     """
-    topic, missing, there = settings.joint_topic, list(settings.joint_names), dict[str, None]()
-    number = 0
+    _check_names(bag, readers, settings, settings.joint_topic, list(settings.joint_names), "data.joint_topic")
+    types = topics_of(readers).get(settings.action_source, (set(), 0))[0]
+    if commanded := [settings.joint_names[j] for j in source_joints(settings) if ARRAY_TYPE not in types]:
+        _check_names(bag, readers, settings, settings.action_source, commanded, "data.action_source")
+
+
+def _check_names(
+    bag: Bag, readers: Sequence[Storage], settings: BagSettings, topic: str, missing: list[str], key: str
+) -> None:
+    there, number = dict[str, None](), 0
     for number, (_, msgtype, _, raw) in enumerate(messages(bag, readers, {topic}), 1):
-        names = parse_message(raw, msgtype, settings.ros_distro, f"{bag.name}: {topic}, message {number}").name
+        message = parse_message(raw, msgtype, settings.ros_distro, f"{bag.name}: {topic}, message {number}")
+        names = message.joint_names if msgtype == TRAJECTORY_TYPE else message.name
         missing = [name for name in missing if name not in names]
         if not missing:
             return
@@ -89,42 +117,42 @@ def check_joints(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
     raise BagError(
         f"{bag.name}: data.joint_names: joint {', '.join(missing)} is in none of the {number} messages on {topic}; "
         f"joints that are: {', '.join(found) or 'none at all (their name fields are empty)'}; name some of these, or "
-        "set data.joint_topic to the topic that has yours"
+        f"set {key} to the topic that has yours"
     )
 
 
 def check_fields(bag: Bag, readers: Sequence[Storage], settings: BagSettings, typestore: Typestore) -> None:
-    """Every field of data.state_topics is in some message; as check_joints(), reads only until all were seen.
+    """Every field of wanted_fields() is in some message; as check_joints(), reads only until all were seen.
 
     Raises:
         BagError: naming the field that is in no message, or of another kind than a number.
     """
-    missing = dict(settings.state_topics)
+    missing = wanted_fields(settings)
     numbers, there = dict.fromkeys((f.topic for f in missing.values()), 0), dict.fromkeys(missing, dict[str, None]())
     for topic, msgtype, _, raw in messages(bag, readers, set(numbers)) if missing else ():
         numbers[topic] += 1
-        wanted = {name: field for name, field in missing.items() if field.topic == topic}
+        wanted = {key: field for key, field in missing.items() if field.topic == topic}
         if not wanted:
             continue
         where = f"{bag.name}: {topic}, message {numbers[topic]}"
         message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
-        for name, field in wanted.items():
+        for key, field in wanted.items():
             if field.read(message, where) is not None:
-                missing.pop(name)
-            elif len(there[name]) <= NAMES_SHOWN:
-                there[name] = there[name] | dict.fromkeys(field.names_in(message))
+                missing.pop(key)
+            elif len(there[key]) <= NAMES_SHOWN:
+                there[key] = there[key] | dict.fromkeys(field.names_in(message))
         if not missing:
             return
-    for name, field in missing.items():
-        found = list(there[name])[:NAMES_SHOWN] + ["..."] * (len(there[name]) > NAMES_SHOWN)
+    for key, field in missing.items():
+        found = list(there[key])[:NAMES_SHOWN] + ["..."] * (len(there[key]) > NAMES_SHOWN)
         raise BagError(
-            f"{bag.name}: data.state_topics.{name}: {field.path} is in none of the {numbers[field.topic]} messages on "
+            f"{bag.name}: {key}: {field.path} is in none of the {numbers[field.topic]} messages on "
             f"{field.topic}; names that are: {', '.join(found) or 'none at all'}"
         )
 
 
 def bag_typestore(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> Typestore:
-    """The message definitions of data.ros_distro, and the bag's own of types in data.state_topics that it lacks.
+    """The message definitions of data.ros_distro, and the bag's own of types of wanted_fields() that it lacks.
 
     Raises:
         BagError: the bag has no such definition, or one that cannot be read.
@@ -145,7 +173,7 @@ def bag_typestore(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -
         if definition is None:
             raise BagError(
                 f"{what}, and the recording brings no definition of it, as mcap does, and sqlite3 since ROS 2 Iron; "
-                "record it with ros2 bag record -s mcap, or take the state from another topic"
+                "record it with ros2 bag record -s mcap, or name another topic"
             )
         encoding, text = definition
         if encoding != "ros2msg":
@@ -268,3 +296,46 @@ def joint_positions(message: Any, joint_names: tuple[str, ...], where: str) -> n
     row = np.full(len(joint_names), np.nan)
     row[ours] = values
     return row
+
+
+def commanded_positions(message: Any, joint_names: tuple[str, ...], where: str) -> np.ndarray:
+    """(J,) float64 of a Float64MultiArray, which names nothing: in the order of `joint_names`.
+
+    Raises:
+        BagError: it has another number of values, or one is not finite.
+    """
+    values = np.asarray(message.data, np.float64)
+    if len(values) != len(joint_names) or not np.isfinite(values).all():
+        raise BagError(
+            f"{where}: {len(values)} values ({', '.join(f'{v:.4g}' for v in values[:10])}), expected a finite one for "
+            f"each of the {len(joint_names)} data.joint_names, in their order"
+        )
+    return values
+
+
+def trajectory_points(message: Any, joint_names: tuple[str, ...], where: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of a JointTrajectory: ((P,) int64 ns from its start to each point, (P, J) float64, NaN of joints it lacks).
+
+    None: it has none of the joints, or no point.
+
+    Raises:
+        BagError: points that go back in time, or without a finite position for each joint.
+    """
+    names = tuple(message.joint_names)
+    ours, theirs, twice = _columns(names, joint_names)
+    if not ours or not message.points:
+        return None
+    if twice:
+        raise BagError(f"{where}: {', '.join(twice)} stands there more than once, expected one position of each joint")
+    offset_ns = np.array([p.time_from_start.sec * 10**9 + p.time_from_start.nanosec for p in message.points], np.int64)
+    if offset_ns[0] < 0 or (np.diff(offset_ns) <= 0).any() or offset_ns[-1] > MAX_TRAJECTORY_NS:
+        times_s = ", ".join(f"{time_s:g}" for time_s in offset_ns[:5] / 1e9)
+        raise BagError(f"{where}: its points are at {times_s} s, expected ascending times from 0 to a day")
+    if any(len(point.positions) != len(names) for point in message.points):
+        counts = sorted({len(point.positions) for point in message.points})
+        raise BagError(f"{where}: {len(names)} joint names but {counts} positions in its points, expected one each")
+    rows = np.full((len(offset_ns), len(joint_names)), np.nan)
+    rows[:, ours] = np.array([point.positions for point in message.points], np.float64)[:, theirs]
+    if not np.isfinite(rows[:, ours]).all():
+        raise BagError(f"{where}: a position is not finite, expected angles")
+    return offset_ns, rows

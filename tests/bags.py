@@ -100,6 +100,17 @@ def numbers(values: Sequence[float]) -> Any:
     return ros("std_msgs/msg/Float64MultiArray", layout, np.asarray(values, np.float64))
 
 
+def trajectory(stamp_ns: int, at_s: Sequence[float], rows: Any, names: Sequence[str] = JOINTS) -> Any:
+    """A JointTrajectory with positions `rows` (P, J), so many seconds from its start."""
+    none = np.zeros(0)
+    points = [
+        ros("trajectory_msgs/msg/JointTrajectoryPoint", np.asarray(row, np.float64), none, none, none,
+            ros("builtin_interfaces/msg/Duration", int(s), round(s % 1 * 1e9)))
+        for s, row in zip(at_s, rows, strict=True)
+    ]  # fmt: skip
+    return ros("trajectory_msgs/msg/JointTrajectory", header(stamp_ns), list(names), points)
+
+
 def wrench(stamp_ns: int, force_n: Sequence[float]) -> Any:
     force, torque = (ros("geometry_msgs/msg/Vector3", *map(float, v)) for v in (force_n, (0, 0, 0)))
     return ros("geometry_msgs/msg/WrenchStamped", header(stamp_ns), ros("geometry_msgs/msg/Wrench", force, torque))

@@ -76,6 +76,7 @@ READ_FROM = {
 # Functions that read settings without doing what they say: they copy them, check them, or name a cache entry by them.
 NO_USE = {"__post_init__", "act_config", "cache_key", "check_settings", "read_settings", "_set", "__eq__", "__hash__"}
 SWITCHED_ON = {
+    "data__command_topics": "{elbow_joint: '/joint_states:position[elbow_joint]'}",  # a topic that is there
     "conventions__apply_joint_sign": "true", "augmentation__enabled": "true", "wandb__enabled": "true",
     "mlflow__enabled": "true",
     "training__scheduler": "cosine", "training__warmup_steps": 1, "training__steps": 2, "training__save_freq": 1,

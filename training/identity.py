@@ -20,7 +20,15 @@ import torch
 
 from act_model import ACTConfig
 from lerobot_checkpoint import CheckpointError
-from rosbag_dataset import RESIZE_INTERPOLATION, BagSettings, Episode, angle_references, divide, split_episodes
+from rosbag_dataset import (
+    NEXT_STATE,
+    RESIZE_INTERPOLATION,
+    BagSettings,
+    Episode,
+    angle_references,
+    divide,
+    split_episodes,
+)
 
 from .errors import TrainingError
 from .ranks import World
@@ -91,6 +99,7 @@ def fingerprint(
         # None where nothing is asked for, as in checkpoints from before these keys, which do not have them.
         "data.state_topics": list((settings["data"]["state_topics"] or {}).items()) or None,  # in their order
         "data.observed_only": settings["data"]["observed_only"] or None,
+        **_commands(settings["data"]),
         **{f"conventions.{name}": value for name, value in settings["conventions"].items()},
         "cameras": dict(cameras),
         "training.val_fraction": settings["training"]["val_fraction"],
@@ -99,6 +108,16 @@ def fingerprint(
         "training.seed": settings["training"]["seed"],
         "training episodes": {e.name: e.content_hash for e in train},
         "held-out episodes": {e.name: e.content_hash for e in held_out},
+    }
+
+
+def _commands(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of commands, None where none is asked for."""
+    used = data["action_source"] != NEXT_STATE or data["command_topics"]
+    return {
+        "data.action_source": data["action_source"] if data["action_source"] != NEXT_STATE else None,
+        "data.command_topics": data["command_topics"] or None,
+        "data.command_max_age_ms": data["command_max_age_ms"] if used else None,
     }
 
 
@@ -194,6 +213,7 @@ def robot_contract(
     wrapped, if it is an angle. Lists are in the order of the states.
     """
     data, conventions = settings["data"], settings["conventions"]
+    lags = [e.sync_report["commands"].get("joints_lag_s") for e in train]
     signs = conventions["joint_sign"] if conventions["apply_joint_sign"] else [1.0] * len(bags.joint_names)
     return {
         "action_mode": conventions["action_mode"],
@@ -202,6 +222,10 @@ def robot_contract(
         "action_names": [bags.state_names[i] for i in bags.acted],
         "state_topics": {name: field.text for name, field in bags.state_topics.items()},
         "units": list(bags.units),
+        # What actions are of: of commands, a chunk's deltas add up from the state in which it was predicted.
+        "action_source": bags.action_source,
+        "command_topics": {name: field.text for name, field in bags.command_topics.items()},
+        "joints_lag_commands_s": statistics.median(known) if (known := [s for s in lags if s is not None]) else None,
         "revolute": bags.revolute.tolist(),
         "joint_sign": [*signs, *[1.0] * len(bags.state_topics)],
         "wrap_angles": conventions["wrap_angles"],

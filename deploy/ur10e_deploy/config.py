@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
-from rosbag_dataset import CHOICES, UR_JOINTS, action_unit, wrap_to_pi
+from rosbag_dataset import CHOICES, NEXT_STATE, UR_JOINTS, action_unit, wrap_to_pi
 
 from .ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
 
@@ -51,6 +51,7 @@ class RobotContract:
         state_topics: name -> TOPIC:FIELD of the states that are no joints of data.joint_topic.
         units: the S states' units: "rad", what data.state_units says, or "".
         acted: the A states, as numbers, that the action is of, in order.
+        of_commands: actions are of what was commanded, not of what was measured a frame later.
         joint_sign: S factors of +1 or -1 that were applied to the robot's joints before training.
         wrap_angles: revolute joints were wrapped, to within half a turn of angle_reference_rad.
         revolute: (S,) which states are angles; all False when it is not known and nothing is wrapped.
@@ -72,6 +73,7 @@ class RobotContract:
     state_topics: dict[str, str]
     units: tuple[str, ...]
     acted: tuple[int, ...]
+    of_commands: bool
     joint_sign: tuple[float, ...]
     wrap_angles: bool
     revolute: tuple[bool, ...]
@@ -89,8 +91,11 @@ class RobotContract:
 
     @property
     def action_kind(self) -> str:
-        """What PolicyRunner's actions are: "delta", or "absolute" positions."""
-        return "delta" if self.action_mode == "delta" else "absolute"
+        """What PolicyRunner's actions are: "delta", or "absolute" positions.
+
+        Deltas of commands are positions, too: a chunk's first one is from the measured state to the command.
+        """
+        return "delta" if self.action_mode == "delta" and not self.of_commands else "absolute"
 
     @property
     def action_units(self) -> list[str]:
@@ -313,6 +318,7 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         state_topics={},
         units=("rad",) * state_dim,
         acted=tuple(range(state_dim)),
+        of_commands=False,
         joint_sign=(1.0,) * state_dim,
         wrap_angles=said["wrap_angles"],
         revolute=revolute,
@@ -342,6 +348,7 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
             state_topics=dict(content.get("state_topics", {})),
             units=tuple(content.get("units", ["rad"] * len(names))),
             acted=tuple(names.index(name) for name in content.get("action_names", names)),
+            of_commands=content.get("action_source", NEXT_STATE) != NEXT_STATE or bool(content.get("command_topics")),
             joint_sign=tuple(float(sign) for sign in content["joint_sign"]),
             wrap_angles=content["wrap_angles"],
             revolute=tuple(content["revolute"]),

@@ -271,7 +271,7 @@ def open_bags(args: argparse.Namespace, contract: RobotContract) -> BagSource:
     """
     training_cache = Path(contract.data_settings["cache_dir"])
     cache = args.cache_dir or (training_cache if training_cache.is_dir() else Path("outputs/frame-cache"))
-    # A policy of relative actions is compared by the positions that they lead to: see PolicyRunner.
+    # A policy of relative actions, or of commands, is compared by the positions that they lead to: see PolicyRunner.
     values = contract.data_settings | {"action_mode": contract.action_kind}
     return BagSource(args.bags, values, cache, contract.angle_reference_rad)
 

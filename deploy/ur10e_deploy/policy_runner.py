@@ -416,12 +416,15 @@ class PolicyRunner:
         return self._checked_state(state_rad)
 
     def _as_actions(self, chunk: np.ndarray, state_rad: np.ndarray) -> np.ndarray:
-        """Relative actions as positions, before anything is queued or averaged: they count from the state seen.
+        """Actions that count from the state seen as positions, before anything is queued or averaged.
 
-        On the robot's own turn, on which the path has no seam.
+        Those are relative ones, and deltas of commands, which add up from there. On the robot's own turn, on which the
+        path has no seam.
         """
-        if self.contract.action_mode != "relative":
+        if self.contract.action_mode == "absolute" or self.contract.action_kind == "delta":
             return chunk
+        if self.contract.action_mode == "delta":
+            chunk = np.cumsum(chunk, axis=0, dtype=np.float64)
         return (self.contract.acted_on(np.asarray(state_rad, np.float64)) + chunk).astype(np.float32)
 
     def _advance(self, state_rad: np.ndarray, chunk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
