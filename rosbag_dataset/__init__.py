@@ -5,7 +5,8 @@ The way of the data, with the room (module) that does each step:
     folder -> bags         bags.py, opened by storage.py   which recordings there are, and their messages as bytes
     bag -> recording       reading.py                      one pass: topics.py takes time stamps and joint positions
                                                            out of the messages, fields.py further states, commands.py
-                                                           commands, images.py and video.py pixels
+                                                           commands, images.py and video.py pixels; faults.py
+                                                           looks at these
     recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
     entry -> episode       synchronisation.py              at every start: time grid, states, actions, segments
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split

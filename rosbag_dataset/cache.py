@@ -9,7 +9,8 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
     command.NAME.*.npy   of each state that was commanded, the arrays of commands.Commands
     meta.json            sizes of the images, a hash of each camera's first, which further states are held; how many
-                         joint messages and packets of video were of no use, if any; written last
+                         joint messages and packets of video were of no use, black, white, torn and frozen pictures, if
+                         any; how late messages were after their header stamps (older entries do not say); written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
@@ -239,6 +240,9 @@ def _write_entry(
         meta["dropped_packets"] = recording.dropped_packets
     if recording.commands:
         meta["commands"] = list(recording.commands)
+    if recording.picture_faults:
+        meta["picture_faults"] = recording.picture_faults
+    meta["stamp_delay_ms"] = recording.stamp_delay_ms
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -300,6 +304,11 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
                 for name in meta.get("commands", ())
             },
             dropped_packets={camera: tuple(counts) for camera, counts in meta.get("dropped_packets", {}).items()},
+            picture_faults={
+                camera: {kind: tuple(found) for kind, found in kinds.items()}
+                for camera, kinds in meta.get("picture_faults", {}).items()
+            },
+            stamp_delay_ms=meta.get("stamp_delay_ms", {}),
         )
         for camera, (height, width) in recording.image_shape.items():
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3

@@ -18,6 +18,7 @@ import numpy as np
 from .bags import Bag
 from .commands import Commands, followed, held
 from .errors import BagError
+from .faults import Faults, PictureWatch
 from .fields import TopicField, is_held
 from .images import height_by_width, read_image, resize_image
 from .settings import BagSettings
@@ -33,6 +34,7 @@ from .topics import (
     joint_positions,
     parse_message,
     source_joints,
+    stamp_ns,
     time_stamp,
     trajectory_points,
     typestore_for,
@@ -73,6 +75,9 @@ class Recording:
     # Of a camera with video: its messages before the first keyframe, and later ones that gave no picture. They have no
     # time and no picture here. Only cameras that have some; known only if pixels were decoded.
     dropped_packets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    picture_faults: dict[str, Faults] = field(default_factory=dict)  # camera -> ...; only cameras that have some
+    # topic -> how long after their header stamps its messages were received, the median in ms; only topics with stamps
+    stamp_delay_ms: dict[str, float] = field(default_factory=dict)
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
@@ -121,6 +126,8 @@ def read_bag(
     first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
     videos: dict[str, VideoDecoder] = {}
+    watches: dict[str, PictureWatch] = {}
+    delays_ns: dict[str, list[int]] = {}
     ignored = 0
     fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (config key of a number, its field)
     for key, topic_field in wanted_fields(settings).items():
@@ -140,6 +147,7 @@ def read_bag(
             first_image[camera] = image_sha256(raw if image is None else image.tobytes())
         if image is not None and sink is not None:
             stored[camera] = image.shape[:2]
+            watches.setdefault(camera, PictureWatch()).add(time_ns, image)
             sink(camera, image)
 
     def keep_video(camera: str, pictures: Iterable[tuple[int, np.ndarray]]) -> None:
@@ -159,6 +167,8 @@ def read_bag(
             read[topic] += 1
             where = f"{bag.name}: {topic}, message {read[topic]}"
             message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
+            if stamp := stamp_ns(message):
+                delays_ns.setdefault(topic, []).append(receive_ns - stamp)
             for key, topic_field in fields_of.get(topic, ()):
                 value = topic_field.read(message, where)
                 if value is not None:
@@ -192,9 +202,11 @@ def read_bag(
     for topic, count in read.items():
         if count != counts[topic]:  # what was read against what the storage itself promised
             raise BagError(f"{bag.name}: {topic}: read {count} of {counts[topic]} messages; the storage is damaged")
+    joint_time_ns, joint_rad = np.array(joint_times, np.int64), np.stack(joint_rows)
+    faults = {camera: watch.faults(joint_time_ns, joint_rad) for camera, watch in watches.items()}
     return Recording(
-        np.array(joint_times, np.int64),
-        np.stack(joint_rows),
+        joint_time_ns,
+        joint_rad,
         {camera: np.array(times, np.int64) for camera, times in camera_times.items()},
         {camera: stored.get(camera, settings.image_resize or shape) for camera, shape in shapes.items()},
         shapes,
@@ -220,6 +232,8 @@ def read_bag(
             for c, v in videos.items()
             if v.before_keyframe or v.without_picture
         },
+        {camera: found for camera, found in faults.items() if found},
+        {topic: round(float(np.median(delays)) / 1e6, 1) for topic, delays in delays_ns.items()},
     )
 
 

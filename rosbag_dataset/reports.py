@@ -14,6 +14,7 @@ import numpy as np
 from .settings import BagSettings
 from .synchronisation import Episode
 
+NOTED_LATE_MS = 50  # a frame and a half of a camera at 30 Hz
 MUCH_PADDING = 0.5  # of the actions in chunks: an episode three chunks long has a sixth, one as long as a chunk half
 
 
@@ -71,6 +72,20 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
                 "training/validation split; delete one"
             )
+        for camera, ms in report["late_ms"].items():
+            if abs(ms) > NOTED_LATE_MS:
+                lines.append(
+                    f"note: {report['episode']}: by header stamps, pictures of camera {camera} are {abs(ms):.0f} ms "
+                    f"{'older' if ms > 0 else 'newer'} than the joints that were received with them, in the median; "
+                    "data.time_source: header pairs them by their stamps"
+                )
+        for camera, found in report["picture_faults"].items():
+            kinds = ", ".join(
+                f"{fault['count']} {kind}{' while the arm moves' * (kind == 'frozen')} ({fault['first_s']:.1f} to "
+                f"{fault['last_s']:.1f} s)"
+                for kind, fault in found.items()
+            )
+            lines.append(f"note: {report['episode']}: pictures of camera {camera}: {kinds}")
         for camera, dropped in report.get("dropped_packets", {}).items():
             lines.append(
                 f"note: {report['episode']}: video of camera {camera}: dropped {dropped['before_keyframe']} messages "

@@ -7,6 +7,7 @@ Must not know: where a config comes from (files, overrides, defaults: the traine
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

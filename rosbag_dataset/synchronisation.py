@@ -26,6 +26,7 @@ MAX_EPISODE_S = 24 * 3600.0  # longer recordings are broken time stamps
 # 15.7 degrees, an arm stretched out flat, is none that anybody works in.
 MAX_UR_RAD = 5 * np.pi
 # A message may be late, by milliseconds. A clock that is set back by more than this is not put in order again.
+MAX_STAMP_DELAY_MS = 10_000.0  # a message that is received later than this after its stamp was stamped by another clock
 MAX_LATE_NS, MAX_OVERLAP_NS = 500_000_000, 50_000_000
 # A UR10e's joints turn by at most 2.1 to 3.15 rad/s. Messages that are lost, late or out of order make a step between
 # two of them look up to three times as fast. What is beyond is a jump: a few are cut out, more have a cause to find.
@@ -213,6 +214,18 @@ def synchronise(
         "joint_jumps": len(jumps),
         "fastest_joint_step": fastest,
         "ignored_joint_messages": recording.ignored_joint_messages,
+        "late_ms": _late_ms(recording, settings),
+        "picture_faults": {
+            camera: {
+                kind: {
+                    "count": count,
+                    "first_s": round((first - begin) / 1e9, 3),
+                    "last_s": round((last - begin) / 1e9, 3),
+                }
+                for kind, (count, first, last) in found.items()
+            }
+            for camera, found in recording.picture_faults.items()
+        },
         "dropped_packets": {
             c: {"before_keyframe": before, "later": later} for c, (before, later) in recording.dropped_packets.items()
         },
@@ -258,6 +271,18 @@ def synchronise(
     else:
         _place(episode, state, settings)
     return episode
+
+
+def _late_ms(recording: Recording, settings: BagSettings) -> dict[str, float]:
+    """Camera -> how much later its messages were received after their header stamps than the joints', median, ms.
+
+    Only where receive times are used, and both have stamps, of one clock.
+    """
+    delays = recording.stamp_delay_ms
+    if settings.time_source != "receive" or settings.joint_topic not in delays:
+        return {}
+    late = {c: delays[t] - delays[settings.joint_topic] for c, t in settings.camera_topics.items() if t in delays}
+    return {camera: round(ms, 1) for camera, ms in late.items() if abs(ms) <= MAX_STAMP_DELAY_MS}
 
 
 def _place(episode: Episode, state: np.ndarray, settings: BagSettings) -> None:

@@ -226,6 +226,12 @@ def parse_message(raw: bytes, msgtype: str, ros_distro: str, where: str, typesto
         ) from exc
 
 
+def stamp_ns(message: Any) -> int:
+    """A message's header stamp in ns; 0 if it was never set, or there is none."""
+    stamp = message.header.stamp if hasattr(message, "header") else getattr(message, "timestamp", None)  # foxglove's
+    return 0 if stamp is None else stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
 def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> int:
     """A message's time in ns, by the clock that data.time_source names: header.stamp, or when the recorder got it.
 
@@ -238,8 +244,7 @@ def time_stamp(message: Any, receive_ns: int, time_source: str, where: str) -> i
                 f"{where}: a {type(message).__name__.replace('__', '/')} has no header, and so no time by that clock; "
                 "use data.time_source: receive, or take a topic whose messages are stamped"
             )
-        stamp = message.header.stamp if hasattr(message, "header") else message.timestamp
-        time_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        time_ns = stamp_ns(message)
         if time_ns <= 0:
             raise BagError(f"{where}: header.stamp is {time_ns} ns (never set); use data.time_source: receive")
     else:
