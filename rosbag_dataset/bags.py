@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,13 @@ def find_bags(bag_dir: Path) -> list[Bag]:
                 name = _episode_name(path / file, bag_dir)
                 bags.append(Bag(name, path / file, (path / file,), None, ""))
             elif file.endswith(".bag"):
-                problem = "is a ROS 1 bag file; convert it first: rosbags-convert --src FILE.bag --dst FOLDER"
+                old, new = (shlex.quote(str(p)) for p in (path / file, (path / file).with_suffix("")))
+                problem = f"is a ROS 1 bag file; convert it first: rosbags-convert --src {old} --dst {new}"
                 bags.append(Bag(_episode_name(path / file, bag_dir), path / file, (path / file,), None, "", problem))
     if not bags:
         raise BagError(
             f"data.bag_dir: {bag_dir}: found no ROS 2 bag in it or below; expected folders with metadata.yaml and "
-            ".db3 or .mcap files; check the path, or record sample bags with: python -m sim.record --out DIR"
+            ".db3 or .mcap files; check the path, or record sample bags with: python -m sim.record --out sample_bags"
         )
     if len({bag.name for bag in bags}) < len(bags):  # bag_dir is one, and so is a folder in it that is called the same
         bags = [dataclasses.replace(bag, name=".") if bag.path == bag_dir else bag for bag in bags]
@@ -172,7 +174,7 @@ def _bag_folder(path: Path, name: str) -> Bag:
         reason = " ".join(str(exc).split())
         problem = (
             f"metadata.yaml is not a rosbag2 metadata file ({type(exc).__name__}: {reason}); "
-            f"rewrite it with: ros2 bag reindex{remove}"
+            f"rewrite it with: ros2 bag reindex {shlex.quote(str(path))}{remove}"
         )
         return Bag(name, path, tuple(present), {}, "", problem)
     missing = [p.name for p in listed if not p.exists()]

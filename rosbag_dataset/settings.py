@@ -50,6 +50,7 @@ class BagSettings:
         cache_dir: folder for decoded frames.
         joint_topic: topic of sensor_msgs/msg/JointState.
         camera_topics: camera name -> topic of Image or CompressedImage; order is the model's camera order.
+        one_camera: camera_topics is data.camera_topic, for messages that name the key.
         joint_names: J joint names, with which state and action begin, in this order.
         state_topics: further states, name -> where their number stands; behind the joints, in this order. S states in
             all.
@@ -79,6 +80,7 @@ class BagSettings:
     cache_dir: Path
     joint_topic: str
     camera_topics: dict[str, str]
+    one_camera: bool
     joint_names: tuple[str, ...]
     state_topics: dict[str, TopicField]
     observed_only: tuple[str, ...]
@@ -141,12 +143,13 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
     """
     values = SINCE | dict(values)
     names = [f.name for f in dataclasses.fields(BagSettings)]
-    missing = [n for n in names if n not in values and n != "camera_topics"]
+    missing = [n for n in names if n not in values and n not in ("camera_topics", "one_camera")]
     if not (values.get("camera_topics") or values.get("camera_topic")):
         missing.append("camera_topic")
     if missing:
         raise BagError(f"the config lacks {', '.join(missing)} in its data or conventions section")
     try:
+        values["one_camera"] = not values.get("camera_topics")
         values["camera_topics"] = dict(values.get("camera_topics") or {"color": values["camera_topic"]})
         values["joint_names"] = tuple(values["joint_names"] or ())
         values["state_topics"] = {name: parse_field(text) for name, text in (values["state_topics"] or {}).items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import shlex
 import sqlite3
 import sys
 import tempfile
@@ -195,7 +196,7 @@ def open_storage(bag: Bag, stack: contextlib.ExitStack, scratch: Path | None = N
         if wal.exists() and wal.stat().st_size:
             raise BagError(
                 f"{bag.name}: {wal.name} holds messages that were never merged into {file.name} (the recorder was "
-                f"killed); merge them with: sqlite3 {file.name} 'PRAGMA wal_checkpoint(TRUNCATE)'"
+                f"killed); merge them with: sqlite3 {shlex.quote(str(file))} 'PRAGMA wal_checkpoint(TRUNCATE)'"
             )
         with storage_errors(bag, file):
             opened = file
@@ -220,7 +221,9 @@ def _unpack_limit(size: int) -> int:
 def _unpack_file(file: Path, target: Path) -> None:
     size = file.stat().st_size
     limit = _unpack_limit(size)
-    advice = f"expected at most {limit}; if you know it to be right, unpack it first: unzstd --rm {file.name}"
+    advice = (
+        f"expected at most {limit}; if you know it to be right, unpack it first: unzstd --rm {shlex.quote(str(file))}"
+    )
     with file.open("rb") as packed, target.open("wb") as out:
         declared = zstd.get_frame_info(packed.read(18)).decompressed_size  # None: the frame does not say
         if (declared or 0) > limit:
@@ -293,11 +296,19 @@ def storage_errors(bag: Bag, file: Path) -> Generator[None]:
         if other := _something_else(file):
             raise BagError(f"{bag.name}: {file.name} {other}, or leave it out with data.on_bad_bag: skip") from exc
         reason = " ".join(str(exc).split()) or type(exc).__name__
-        hint = "mcap recover FILE" if ".mcap" in file.name else "sqlite3 FILE .recover"
         raise BagError(
-            f"{bag.name}: {file.name} is damaged or not a finished recording ({reason[:200]}); recover it with: "
-            f"{hint}, or leave it out with data.on_bad_bag: skip"
+            f"{bag.name}: {file.name} is damaged or not a finished recording ({reason[:200]}); {_recovery(file)}, or "
+            "leave it out with data.on_bad_bag: skip"
         ) from exc
+
+
+def _recovery(file: Path) -> str:
+    """How to get what is left out of a damaged storage file."""
+    if file.name.endswith(".zstd"):
+        return "copy it again"
+    old, new = (shlex.quote(str(f)) for f in (file, file.with_name(f"recovered-{file.name}")))
+    command = f"mcap recover {old} -o {new}" if file.suffix == ".mcap" else f"sqlite3 {old} .recover | sqlite3 {new}"
+    return f"recover it with: {command}, and put that in its place"
 
 
 def _something_else(file: Path) -> str:

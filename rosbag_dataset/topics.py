@@ -10,11 +10,15 @@ Must not know: how files are read (storage.py) and pixels decoded (images.py), t
 
 from __future__ import annotations
 
+import difflib
 import functools
+import itertools
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import yaml
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
@@ -30,6 +34,7 @@ from .video import VIDEO_TYPES
 JOINT_TYPE = "sensor_msgs/msg/JointState"
 TRAJECTORY_TYPE, ARRAY_TYPE = "trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"
 MAX_TRAJECTORY_NS = 24 * 3600 * 10**9
+TOPICS_SHOWN = 8  # in an error
 NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
 
 
@@ -40,7 +45,9 @@ def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
     """
     wanted = [("data.joint_topic", settings.joint_topic, {JOINT_TYPE})]
     pictures = {IMAGE_TYPE, COMPRESSED_TYPE, *VIDEO_TYPES}
-    wanted += [(f"data.camera_topics.{c}", t, pictures) for c, t in settings.camera_topics.items()]
+    for camera, topic in settings.camera_topics.items():
+        key = "data.camera_topic" if settings.one_camera else f"data.camera_topics.{camera}"
+        wanted.append((key, topic, pictures))
     if settings.action_source != NEXT_STATE:
         wanted.append(("data.action_source", settings.action_source, {JOINT_TYPE, TRAJECTORY_TYPE, ARRAY_TYPE}))
     wanted += [(key, field.topic, set()) for key, field in wanted_fields(settings).items()]
@@ -65,26 +72,79 @@ def check_topics(bag: Bag, readers: Sequence[Storage], settings: BagSettings) ->
     """The wanted topics are there, have the right types, hold messages, and as many as metadata.yaml claims.
 
     Raises:
-        BagError: naming the topic, what was found, and the topics that are there.
+        BagError: naming each topic that does not fit, those that would, and the settings to paste into a config.
     """
-    topics = topics_of(readers)
-    there = "; ".join(f"{t} ({'/'.join(sorted(types))}, {n})" for t, (types, n) in sorted(topics.items())) or "none"
-    for key, topic, allowed in wanted_topics(settings):
-        expected = " or ".join(sorted(allowed))
+    topics, wanted = topics_of(readers), wanted_topics(settings)
+    wrong: list[str] = []
+    instead: dict[str, str] = {}  # topic of the settings -> one that fits
+    for key, topic, allowed in wanted:
+        types, count = topics.get(topic, (set(), 0))
+        expected = " or ".join(sorted(allowed)) or "any"
         if topic not in topics:
-            raise BagError(f"{bag.name}: {key}: no topic {topic}; set it to one of the topics in this bag: {there}")
-        types, count = topics[topic]
-        if allowed and not types <= allowed:
-            found = "/".join(sorted(types))
-            raise BagError(f"{bag.name}: {key}: topic {topic} has type {found}, expected {expected}; in it: {there}")
-        if not count:
-            raise BagError(f"{bag.name}: {key}: topic {topic} is declared but holds no message; topics: {there}")
-        claimed = count if bag.claimed is None else bag.claimed.get(topic, 0)
-        if claimed != count:
-            raise BagError(
-                f"{bag.name}: metadata.yaml claims {claimed} messages on {topic}, the storage holds {count}; a file is "
-                "missing or the recording broke off; copy it again, or accept what is there with: ros2 bag reindex"
-            )
+            found = f"no topic {topic}"
+        elif allowed and not types <= allowed:
+            found = f"topic {topic} has type {'/'.join(sorted(types))}, expected {expected}"
+        elif not count:
+            found = f"topic {topic} is declared but holds no message"
+        else:
+            claimed = count if bag.claimed is None else bag.claimed.get(topic, 0)
+            if claimed != count:
+                raise BagError(
+                    f"{bag.name}: metadata.yaml claims {claimed} messages on {topic}, the storage holds {count}; a "
+                    "file is missing or the recording broke off; copy it again, or accept what is there with: "
+                    f"{reindex(bag)}"
+                )
+            continue
+        others = {t for _, t, _ in wanted if t != topic} | {*instead.values()}
+        fits = {t: v for t, v in topics.items() if (v[0] <= allowed or not allowed) and v[1] and t not in others}
+        if fits:
+            instead[topic] = difflib.get_close_matches(topic, sorted(fits), 1, 0)[0]
+            wrong.append(f"{key}: {found}; set it to one of the topics in this bag: {_listed(fits)}")
+        else:
+            wrong.append(f"{key}: {found}; this bag has none of type {expected} with messages, but {_listed(topics)}")
+    if not wrong:
+        return
+    values: dict[str, Any] = {}
+    joint_topic = instead.get(settings.joint_topic, settings.joint_topic)
+    if joint_topic != settings.joint_topic:
+        values["joint_topic"] = joint_topic
+    cameras = {camera: instead.get(topic, topic) for camera, topic in settings.camera_topics.items()}
+    if cameras != settings.camera_topics:
+        values |= {"camera_topic": cameras["color"]} if settings.one_camera else {"camera_topics": cameras}
+    if topics.get(joint_topic, (set(), 0))[0] == {JOINT_TYPE}:
+        for _, msgtype, _, raw in itertools.islice(messages(bag, readers, {joint_topic}), 1):
+            names = parse_message(raw, msgtype, settings.ros_distro, f"{bag.name}: {joint_topic}, message 1").name
+            if renamed := _renamed(settings.joint_names, names):
+                values["joint_names"] = renamed
+                wrong.append(f"data.joint_names: {joint_topic} has them as {', '.join(renamed)}")
+    raise BagError(f"{bag.name}: {'; '.join(wrong)}{_to_paste(values)}")
+
+
+def reindex(bag: Bag) -> str:
+    """The command that writes a bag's metadata.yaml anew."""
+    storage = " -s mcap" if any(".mcap" in file.name for file in bag.files) else ""
+    return f"ros2 bag reindex {shlex.quote(str(bag.path))}{storage}"
+
+
+def _listed(topics: dict[str, tuple[set[str], int]]) -> str:
+    """Some topics as text, each with its types and its number of messages."""
+    shown = [f"{t:.100} ({'/'.join(sorted(types))[:100]}, {n})" for t, (types, n) in sorted(topics.items())]
+    more = [f"{len(shown) - TOPICS_SHOWN} more"] if len(shown) > TOPICS_SHOWN else []
+    return "; ".join(shown[:TOPICS_SHOWN] + more) or "none at all"
+
+
+def _renamed(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """For each wanted joint the one of `names` that differs by a prefix; [] if some has none, or more than one."""
+    alike = [[name for name in names if name.endswith(joint) or joint.endswith(name)] for joint in wanted]
+    return [found[0] for found in alike] if {*wanted}.isdisjoint(names) and all(len(a) == 1 for a in alike) else []
+
+
+def _to_paste(values: dict[str, Any]) -> str:
+    """The end of an error: settings of a config's data section, as YAML."""
+    if not values:
+        return ""
+    text = yaml.safe_dump({"data": values}, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return f"; to take those, put into the config: {text[1:-1]}"
 
 
 def check_joints(bag: Bag, readers: Sequence[Storage], settings: BagSettings) -> None:
@@ -118,6 +178,7 @@ def _check_names(
         f"{bag.name}: data.joint_names: joint {', '.join(missing)} is in none of the {number} messages on {topic}; "
         f"joints that are: {', '.join(found) or 'none at all (their name fields are empty)'}; name some of these, or "
         f"set {key} to the topic that has yours"
+        f"{_to_paste({'joint_names': renamed} if (renamed := _renamed(settings.joint_names, list(there))) else {})}"
     )
 
 

@@ -62,6 +62,7 @@ PIXELS_OR_TIMES = dict(
 )
 
 AFTER_THE_CACHE = dict(
+    one_camera=False,
     fps=10.0,
     max_offset_ms=20.0,
     joint_resample="nearest",

@@ -909,7 +909,7 @@ def test_bags_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
         ("nowhere", {}, r"nowhere: expected a folder of ROS 2 bags .*, found nothing; check the path"),
         ("empty", {}, r"empty: expected a folder of ROS 2 bags .*, found none; check the path"),
         ("bags", {"fps": "absent"}, r"the checkpoint's settings: the config lacks fps"),
-        ("bags", {"camera_topic": "/front"}, r"bags: a: data\.camera_topics\.color: no topic /front; .*in this bag:"),
+        ("bags", {"camera_topic": "/front"}, r"bags: a: data\.camera_topic: no topic /front; .*in this bag:"),
         ("bags", {}, r"images of b are .*8, 8.*, those of a are .*6, 8.*evaluate them apart"),
     ):
         with pytest.raises(SourceError, match=expected) as caught:

@@ -111,15 +111,15 @@ IMAGE, COMPRESSED, JOINT = (f"sensor_msgs/msg/{name}" for name in ("Image", "Com
 STRING = ros("std_msgs/msg/String", "x")
 BAD_BAGS = {
     "no-joint-topic": (bag_of(without(JOINT_TOPIC)), ["data.joint_topic", f"{CAMERA_TOPIC} ({IMAGE}, 11)"]),
-    "no-camera-topic": (bag_of(without(CAMERA_TOPIC)), ["data.camera_topics.color", f"{JOINT_TOPIC} ({JOINT}, 50)"]),
+    "no-camera-topic": (bag_of(without(CAMERA_TOPIC)), ["data.camera_topic: no topic", f"{JOINT_TOPIC} ({JOINT}, 50)"]),
     "wrong-type": (
         bag_of([*without(CAMERA_TOPIC), (CAMERA_TOPIC, T0_NS, STRING)]),
         [CAMERA_TOPIC, "std_msgs/msg/String", f"expected {FFMPEG_PACKET} or {COMPRESSED_VIDEO} or {COMPRESSED} or "],
     ),
     "no-message": (bag_of(without(CAMERA_TOPIC), extra_topics=[(CAMERA_TOPIC, IMAGE)]), [CAMERA_TOPIC, "no message"]),
     "empty-bag": (bag_of([], extra_topics=[(CAMERA_TOPIC, IMAGE), (JOINT_TOPIC, JOINT)]), ["no message"]),
-    "no-topics": (bag_of([]), ["no topic", "none"]),
-    "truncated-db3": (truncated("sqlite3", 0.6), ["b.db3 is damaged", "sqlite3 FILE .recover"]),
+    "no-topics": (bag_of([]), ["no topic", "none at all"]),
+    "truncated-db3": (truncated("sqlite3", 0.6), ["b.db3 is damaged", "/bags/b/b.db3 .recover | sqlite3 /"]),
     "truncated-mcap": (truncated("mcap", 0.6), ["b.mcap is damaged", "mcap recover"]),
     "empty-db3": (truncated("sqlite3", 0), ["b.db3 is damaged"]),
     "empty-mcap": (truncated("mcap", 0), ["b.mcap is damaged"]),

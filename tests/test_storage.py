@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
+import shlex
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rosbags.highlevel import AnyReader
+from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import Reader, storage_mcap
+from rosbags.typesys import Stores, get_typestore
 
 from rosbag_dataset import BagError, find_bags, read_bag, synchronise
 from rosbag_dataset.storage import LimitError, open_storage, unpack, zstd
@@ -81,6 +88,77 @@ def test_bare_storage_file(tmp_path, storage, compression):
     (bag / "metadata.yaml").unlink()
     assert [b.name for b in find_bags(tmp_path / "bags")] == [f"a/{storage_file(bag).name}"]
     assert_is_take(tmp_path / "bags")
+
+
+# -- what an error says to do -------------------------------------------------------------------------------------
+
+
+def command_in(message, before, after=", "):
+    """The command that a message prints."""
+    return message.partition(before)[2].partition(after)[0]
+
+
+def run_as_printed(command):
+    bash = ["bash", "-euo", "pipefail", "-c", command]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(bash, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("storage", "command"),
+    [("sqlite3", "sqlite3 {old} .recover | sqlite3 {new}"), ("mcap", "mcap recover {old} -o {new}")],
+)
+def test_how_to_recover_a_damaged_file(tmp_path, storage, command):
+    """With the paths of the files, whatever they are called: neither tool has to be installed here."""
+    file = storage_file(write_bag(tmp_path / "my bags" / "it's one", TAKE.messages(), storage))
+    os.truncate(file, file.stat().st_size // 2)
+    printed = command_in(error_of(lambda: read(tmp_path / "my bags")), "recover it with: ", ", and put")
+    old, new = str(file), str(file.with_name(f"recovered-{file.name}"))
+    assert shlex.split(printed) == [part.format(old=old, new=new) for part in command.split()]
+
+
+@pytest.mark.parametrize("compression", ["none", "file"])
+def test_what_is_merged_or_unpacked_as_the_error_says(tmp_path, compression):
+    """A write-ahead log, and a file that unpacks to more than it should: afterwards the bag is read."""
+    file = storage_file(write_bag(tmp_path / "my bags" / "it's one", TAKE.messages(), compression=compression))
+    if compression == "none":
+        writer = sqlite3.connect(file)
+        writer.execute("PRAGMA journal_mode=WAL")
+        writer.execute("CREATE TABLE other (id)")
+        for ending in ("", "-wal"):  # as if the recorder had been killed
+            shutil.copy(f"{file}{ending}", f"{file}{ending}.kept")
+        writer.close()
+        for ending in ("", "-wal"):
+            os.replace(f"{file}{ending}.kept", f"{file}{ending}")
+        command = command_in(error_of(lambda: read(tmp_path / "my bags")), "merge them with: ", "\n")
+    else:
+        file.write_bytes(zstd.compress(bytes(200 << 20)) + file.read_bytes()[:0])
+        command = command_in(error_of(lambda: read(tmp_path / "my bags")), "unpack it first: ", ";")
+    run_as_printed(command)
+    if compression == "none":
+        assert_is_take(tmp_path / "my bags")
+    else:
+        assert file.with_suffix("").stat().st_size == 200 << 20 and not file.exists()
+
+
+def test_a_ros_1_bag_is_converted_as_the_error_says(tmp_path):
+    """rosbags-convert is there: rosbags is a requirement."""
+    ros1 = get_typestore(Stores.ROS1_NOETIC)
+    (tmp_path / "bags").mkdir()
+    with Writer1(tmp_path / "bags" / "old one.bag") as writer:
+        for topic, time_ns, message in TAKE.messages():
+            kind = message.__msgtype__
+            known = {c.topic: c for c in writer.connections}
+            link = known.get(topic) or writer.add_connection(topic, kind, typestore=ros1)
+            header = ros1.types["std_msgs/msg/Header"](0, message.header.stamp, "")
+            message = ros1.types[kind](header, *list(vars(message).values())[1:-1])
+            writer.write(link, time_ns, ros1.serialize_ros1(message, kind))
+    run_as_printed(command_in(error_of(lambda: read(tmp_path / "bags")), "convert it first: ", "\n"))
+    (tmp_path / "bags" / "old one.bag").unlink()
+    recording, images = read(tmp_path / "bags")
+    np.testing.assert_array_equal(recording.joint_rad, TAKE.joint_rad)
+    np.testing.assert_array_equal(images["color"], TAKE.images)
 
 
 # -- odd storage --------------------------------------------------------------------------------------------------
@@ -238,7 +316,7 @@ BOMBS = {  # what lies in the bag, how, and what the error names
     "message": (zeros(4 * GB), "message", ["a.db3: /", "bytes unpacks to more than 134217728"]),
     "message that says so": (zeros(4 * GB, 4 * GB), "message", ["it declares 4000000000"]),
     "message that lies": (zeros(4 * GB, 100), "message", ["a: a.db3"]),
-    "file": (zeros(3 * GB), "file", ["bytes unpack to 135", "expected at most 134217728", "unzstd --rm a"]),
+    "file": (zeros(3 * GB), "file", ["bytes unpack to 135", "expected at most 134217728", "unzstd --rm /"]),
     "file that says so": (zeros(3 * GB, 3 * GB), "file", ["bytes that declare 3000000000 unpacked"]),
     "bare file": (zeros(3 * GB, 3 * GB), "bare file", ["a.mcap.zstd: ", "bytes that declare 3000000000 unpacked"]),
     "chunk": (mcap(zeros(4 * GB), 1000), "none", ["bytes unpacks to more than 1000 bytes"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 
 from rosbag_dataset import find_bags, load_episodes, read_bag
 from tests.bags import (
@@ -151,6 +152,69 @@ def test_a_topic_without_joints(tmp_path):
     many = joint_state(T0_NS, np.zeros(5000), [f"joint_{i}" for i in range(5000)])
     message = error_of(lambda: read(joint_bag(tmp_path / "1", many)))
     assert "joint_59, ...; name some" in message and "joint_60" not in message
+
+
+# -- topics -------------------------------------------------------------------------------------------------------
+
+
+def pasted(message):
+    """The settings that an error says to put into the config."""
+    return yaml.safe_load(message.rpartition("put into the config: ")[2])
+
+
+def another_robot(path, more=()):
+    """A take whose topics and joints have other names, beside topics of other types; -> the bag's folder."""
+    names = [f"ur10e_{name}" for name in JOINTS[::-1]]
+    joints = [
+        ("/ur/joint_states", int(t), joint_state(int(t), q[::-1].copy(), names))
+        for t, q in zip(TAKE.joint_ns, TAKE.joint_rad, strict=True)
+    ]
+    messages = joints + [("/front", t, m) for topic, t, m in TAKE.messages() if topic == CAMERA_TOPIC]
+    write_bag(path / "a", messages, extra_topics=[("/empty", "sensor_msgs/msg/Image"), *more])
+    return path
+
+
+def test_all_settings_that_do_not_fit_are_one_message(tmp_path):
+    """It names the keys as the user set them and the topics that fit, and what it says to paste works."""
+    bag_dir = another_robot(tmp_path / "bags", [(f"/string_{i}", "std_msgs/msg/String") for i in range(30)])
+    message = error_of(lambda: read(bag_dir))
+    words = [
+        f"a: data.joint_topic: no topic {JOINT_TOPIC}; set it to one of the topics in this bag: /ur/joint_states (",
+        f"50); data.camera_topic: no topic {CAMERA_TOPIC}; set it to one of the topics in this bag: /front",
+    ]
+    assert all(word in message for word in words), message
+    assert "/empty" not in message and "/string" not in message and len(message) < 1000
+    recording, _ = read(bag_dir, **pasted(message)["data"])
+    np.testing.assert_array_equal(recording.joint_rad, TAKE.joint_rad)
+
+
+def test_settings_for_several_cameras(tmp_path):
+    """Only what does not fit changes, and each camera gets a topic of its own."""
+    frames = [
+        (topic, int(t), image(int(t), TAKE.images[0])) for t in TAKE.camera_ns for topic in ("/left/rgb", "/right/rgb")
+    ]
+    write_bag(tmp_path / "bags" / "a", TAKE.messages() + frames)
+    cameras = {"color": CAMERA_TOPIC, "l": "/left/image", "r": "/left/second"}
+    message = error_of(lambda: read(tmp_path / "bags", camera_topics=cameras))
+    assert "data.camera_topics.l: no topic /left/image" in message and "data.camera_topics.r" in message
+    assert pasted(message) == {"data": {"camera_topics": cameras | {"l": "/left/rgb", "r": "/right/rgb"}}}
+
+
+def test_joints_with_a_prefix(tmp_path):
+    """Where only the names differ, by a prefix, they can be pasted, too."""
+    bag_dir = another_robot(tmp_path / "bags")
+    message = error_of(lambda: read(bag_dir, joint_topic="/ur/joint_states", camera_topic="/front"))
+    assert pasted(message) == {"data": {"joint_names": [f"ur10e_{name}" for name in JOINTS]}}
+
+
+def test_topics_of_no_fitting_type(tmp_path):
+    """None is offered; of what is there a bounded number is named."""
+    more = [(f"/string_{i:02}", "std_msgs/msg/String") for i in range(30)]
+    write_bag(tmp_path / "bags" / "a", [m for m in TAKE.messages() if m[0] == JOINT_TOPIC], extra_topics=more)
+    message = error_of(lambda: read(tmp_path / "bags"))
+    assert "this bag has none of type" in message and "with messages, but /joint_states (" in message
+    assert "/string_06 (std_msgs/msg/String, 0); 23 more" in message and "/string_07" not in message
+    assert "put into the config" not in message
 
 
 # -- time ---------------------------------------------------------------------------------------------------------
