@@ -35,12 +35,11 @@ from typing import Any, NoReturn
 import jinja2
 import yaml
 
-from rosbag_dataset import Bag, BagError, BagSettings, find_bags, split_episodes, sync_table
+from rosbag_dataset import Bag, BagError, BagSettings, find_bags, parse_yaml, split_episodes, sync_table
 from rosbag_dataset.inspection import inspect_bags
 from train import Config, bag_settings, load_config
 from training.errors import ConfigError
 from training.grid import parse_grid
-from training.settings import parse_yaml
 
 OSMO = Path(__file__).resolve().parent
 NAMES = ("base", "ddp", "blob", "train-eval", "sweep", "wandb")
@@ -123,7 +122,8 @@ def read_submission(name: str, words: Sequence[str], file: Path) -> Submission:
 
     Raises:
         SubmitError: a key that nothing has, a word that is none, a value that would not arrive as it is.
-        ConfigError: the file is not YAML, or a grid is none.
+        SettingError: the file is not YAML.
+        ConfigError: a grid is none.
     """
     defaults = default_values(name)
     try:

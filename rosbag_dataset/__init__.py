@@ -12,10 +12,11 @@ The way of the data, with the room (module) that does each step:
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
-Beside that way: settings.py (what to read, and how), statistics.py (means and deviations for normalisation), reports.py
-(what became of the bags, as text), definitions.py (message types that only the bag knows), errors.py. Commands, which a
-training does not need: inspection.py (`python -m rosbag_dataset DIR` looks at a folder and writes nothing), pruning.py
-(`... cache DIR` looks at the cache, and removes from it), listing.py (`... list DIR`: what has to arrive elsewhere).
+Beside that way: settings.py (what to read, and how), config.py (YAML and overrides into any schema), statistics.py
+(means and deviations for normalisation), reports.py (what became of the bags, as text), definitions.py (message types
+that only the bag knows), errors.py. Commands, which a training does not need: inspection.py (`python -m rosbag_dataset
+DIR` looks at a folder and writes nothing), pruning.py (`... cache DIR` looks at the cache, and removes from it),
+listing.py (`... list DIR`: what has to arrive elsewhere).
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
 joint positions and further states. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`,
@@ -28,8 +29,9 @@ from here.
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
+from .config import Schema, parse_yaml, read_config, setting
 from .episodes import divide, load_episodes, split_episodes
-from .errors import NO_LOCKS, BagError, SetupError
+from .errors import NO_LOCKS, BagError, SettingError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .reading import Recording, read_bag
 from .reports import data_notes, sync_table
@@ -65,6 +67,8 @@ __all__ = [
     "EntryError",
     "Episode",
     "Recording",
+    "Schema",
+    "SettingError",
     "SetupError",
     "action_unit",
     "angle_references",
@@ -80,9 +84,12 @@ __all__ = [
     "load_episodes",
     "no_motion",
     "open_pixels",
+    "parse_yaml",
     "read_bag",
+    "read_config",
     "refer_angles",
     "resize_image",
+    "setting",
     "setting_rules",
     "settings_from",
     "split_episodes",

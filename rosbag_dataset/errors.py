@@ -20,3 +20,7 @@ class BagError(Exception):
 
 class SetupError(BagError):
     """Not one bag's fault (a full disk, a wrong setting), so that data.on_bad_bag: skip does not pass over it."""
+
+
+class SettingError(SetupError):
+    """A setting that cannot be used: one line with the file, the key, what was found and what was expected."""

@@ -3,6 +3,7 @@
     python -m rosbag_dataset DIR                    # topics, rates, gaps
     python -m rosbag_dataset DIR --verify           # the same, and decode every image
     python -m rosbag_dataset DIR --config my.yaml   # with the topics and joints of your config
+    python -m rosbag_dataset DIR --override data.fps=10
 
 Knows: the command line, config.yaml in the folder that holds this package.
 Must not know: the cache: each bag is read as it is.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -23,15 +25,26 @@ import yaml
 from tqdm import tqdm
 
 from .bags import Bag, find_bags
+from .config import read_config, setting
 from .episodes import check_same_size, mark_copy
 from .errors import BagError
 from .reading import read_bag
-from .reports import sync_table
+from .reports import data_notes, sync_table
 from .settings import CHOICES, BagSettings, Rule, command_rules, setting_rules, settings_from, state_rules
 from .statistics import angle_references
 from .storage import open_storage, topics_of
 from .synchronisation import Episode, refer_angles, synchronise
 
+# The types of BagSettings, as a config has them.
+KINDS_OF = {
+    "Path": "str",
+    "tuple[str, ...]": "list[str]",
+    "tuple[float, ...]": "list[float]",
+    "tuple[int, int] | None": "list[int] | None",
+    "dict[str, str]": "dict[str, str] | None",
+    "dict[str, TopicField]": "dict[str, str] | None",
+}
+ANYTHING = "None | bool | int | float | str | list[str] | dict[str, str]"
 CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its default
 
 
@@ -90,12 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags (./cache if it is called cache)")
     parser.add_argument("--config", type=Path, help="a training config whose data and conventions sections to use")
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE", help="as train.py's; repeatable"
+    )
     parser.add_argument("--verify", action="store_true", help="also decode every image")
     parser.add_argument("--json", type=Path, help="write the report there as well")
     args = parser.parse_args(argv)
     try:
-        settings = settings_of(args.bag_dir, args.config)
-        check_settings(settings, str(args.config or CONFIG))
+        settings, chunk_size = settings_of(args.bag_dir, args.config, args.override)
+        check_settings(settings, f"{args.config or CONFIG}{' with --override' * bool(args.override)}")
         bags = find_bags(args.bag_dir)
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports = [episode.sync_report for episode in episodes]
     if episodes:
         print("\n" + sync_table(reports))
+        for line in data_notes(episodes, chunk_size, settings):
+            print(f"note: {line}")
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)
     if args.json:
@@ -115,30 +133,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def settings_of(bag_dir: Path, config: Path | None) -> BagSettings:
-    """The data and conventions sections of config.yaml, overlaid with those of `config`.
+def settings_of(bag_dir: Path, config: Path | None, overrides: Sequence[str] = ()) -> tuple[BagSettings, int]:
+    """What a training with that config and these overrides would read bags with, and its model.chunk_size.
 
     Raises:
-        BagError: a file cannot be read as a config, has an unknown key, or a value of a wrong type.
+        SettingError: a file cannot be read as a config, has an unknown key, or a value of a wrong type.
     """
-    merged: dict[str, Any] = {}
-    known: dict[str, Any] = {}
-    unknown: list[str] = []
-    for path in (CONFIG, config):
-        if path is None:
-            continue
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-            for section in ("data", "conventions"):
-                values = content.get(section) or {}
-                known[section] = known.get(section, values.keys())  # config.yaml, the first, has every key
-                unknown += [f"{section}.{key}" for key in values if key not in known[section]]
-                merged |= values
-        except (OSError, yaml.YAMLError, AttributeError, TypeError) as exc:
-            raise BagError(f"{path}: cannot be read as a config ({' '.join(str(exc).split())})") from None
-    if unknown:
-        raise BagError(f"{config}: unknown key {', '.join(unknown)}; the keys are those of {CONFIG.name}")
-    return settings_from(merged | {"bag_dir": bag_dir, "cache_dir": Path()})
+    cfg = read_config(_schema(), CONFIG)  # its values are the defaults
+    read_config(cfg, config or CONFIG, overrides)
+    folders = {"bag_dir": bag_dir, "cache_dir": Path()}
+    settings = settings_from(vars(cfg.data) | vars(cfg.conventions) | folders)
+    return settings, cfg.model.chunk_size
+
+
+def _schema() -> Any:
+    """A schema of the keys in config.yaml, without values.
+
+    The trainer's own stands in train.py, out of reach. This one has the types of what bags are read with, and of
+    model.chunk_size; all others may hold anything: they are known, and not used here.
+    """
+    kinds = {f.name: KINDS_OF.get(str(f.type), str(f.type)) for f in dataclasses.fields(BagSettings)}
+    kinds |= {"camera_topic": "str", "camera_topics": "dict[str, str] | None", "chunk_size": "int"}
+    sections: list[Any] = []
+    for name, values in yaml.safe_load(CONFIG.read_text()).items():
+        used = kinds if name in ("data", "conventions", "model") else {}
+        keys = [(key, used.get(key, ANYTHING), setting(None, f"see {CONFIG.name}")) for key in values]
+        sections.append((name, Any, dataclasses.field(default_factory=dataclasses.make_dataclass(name, keys))))
+    return dataclasses.make_dataclass("Config", sections)()
 
 
 def check_settings(settings: BagSettings, where: str) -> None:

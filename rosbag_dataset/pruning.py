@@ -84,7 +84,7 @@ def keys_needed(bag_dirs: Sequence[Path], configs: Sequence[Path]) -> set[str]:
         for bag in bags:
             with storage_errors(bag, bag.path):
                 content_hash = bag.content_hash()
-            keys |= {cache_key(bag, content_hash, settings_of(bag_dir, config)) for config in configs or [None]}
+            keys |= {cache_key(bag, content_hash, settings_of(bag_dir, config)[0]) for config in configs or [None]}
     return keys
 
 

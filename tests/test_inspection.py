@@ -107,8 +107,8 @@ def test_inspection_with_a_config(bag_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        ("data: [1", "cannot be read as a config"),
-        ("data:\n\tfps: 3", "cannot be read"),
+        ("data: [1", "not valid YAML"),
+        ("data:\n\tfps: 3", "indent with spaces, not tabs"),
         ("data: {fps: fast}", "'fast'"),
     ],
     ids=["not-yaml", "tab", "wrong-type"],
@@ -146,6 +146,63 @@ def test_inspection_refuses_what_the_trainer_refuses(bag_dir, tmp_path, capsys, 
     else:
         assert f"{section}.{key}: found " in err and f"{section}.{key}: found " in trainer
         assert err.strip().rsplit("expected ")[-1] in trainer
+
+
+@pytest.mark.parametrize(
+    "override", ["data.fsp=3", "fps=3", "daat.fps=3", "training.lrr=1", "data.fps", "conventions.image_resize=[240, 3"]
+)
+def test_inspection_refuses_overrides_in_the_words_of_train(bag_dir, capsys, override):
+    """The reader is the same; training's keys are known, too."""
+    code, out, err = inspect(capsys, bag_dir, "--override", override)
+    with pytest.raises(ConfigError) as refused:
+        load_config(ROOT / "config.yaml", [override])
+    assert (code, out, err) == (1, "", f"error: {refused.value}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["dta: {fps: 3}", "- 1", "data: 3", "data: {fps: 3, fps: 4}", "training: {steps: 4, stepz: 4}", "data: {a: 1}"],
+)
+def test_inspection_refuses_files_in_the_words_of_train(bag_dir, tmp_path, capsys, text):
+    """Unknown sections and keys, what is no section, keys given twice: as training says it."""
+    (tmp_path / "my.yaml").write_text(text)
+    code, out, err = inspect(capsys, bag_dir, "--config", tmp_path / "my.yaml")
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "my.yaml")
+    assert (code, out, err) == (1, "", f"error: {refused.value}\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.fps=fast", "data.fps: found 'fast', expected a number"),
+        ("conventions.apply_joint_sign=yes", "found 'yes', expected true or false"),
+        ("data.joint_names=elbow", "found 'elbow', expected a list of texts"),
+        ("data.camera_topics=[/a]", "expected a mapping of names to texts or null"),
+        ("model.chunk_size=1.5", "model.chunk_size: found '1.5', expected a whole number"),
+        ("data.fps=0", "config.yaml with --override: data.fps: found 0.0, expected at least 0.1"),
+    ],
+)
+def test_inspection_refuses_values_of_a_wrong_type(bag_dir, capsys, override, words):
+    """What training refuses, but for the end of the line, which there says what the setting is for."""
+    code, out, err = inspect(capsys, bag_dir, "--override", override)
+    with pytest.raises(ConfigError):
+        load_config(ROOT / "config.yaml", [override])
+    assert (code, out) == (1, "") and words in err and len(err.splitlines()) == 1
+
+
+def test_inspection_with_overrides(bag_dir, tmp_path, capsys):
+    """They come after the config, in the order given, as for training, whose notes are there, too."""
+    (tmp_path / "my.yaml").write_text("data: {fps: 15, camera_topic: /nope}\nmodel: {chunk_size: 3}\n")
+    overrides = ["data.fps=5", "data.fps=1.0e1", f"data.camera_topics={{color: {CAMERA_TOPIC}}}"]
+    overrides += ["conventions.image_resize=[32, 32]", "training.steps=3", "wandb.run_name=001"]
+    options = [option for override in overrides for option in ("--override", override)]
+    code, out, err = inspect(capsys, bag_dir, "--config", tmp_path / "my.yaml", *options)
+    assert (code, err) == (0, "") and "2 episodes, 8 frames kept" in out
+    assert "note: conventions.image_resize 32x32 changes the aspect ratio of camera color (6x8, HxW)" in out
+    assert "padding" not in out
+    out = inspect(capsys, bag_dir, "--override", "model.chunk_size=50")[1]
+    assert "of the actions in chunks are padding" in out and "lower model.chunk_size to about 10" in out
 
 
 def test_inspection_of_nothing(bag_dir, tmp_path, capsys):

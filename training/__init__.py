@@ -1,6 +1,6 @@
 """What stands behind train.py: the parts of a run that have a specification or a second reader of their own.
 
-    settings          reading YAML and --override into a schema of dataclasses; knows no key
+    settings          reading YAML and --override into a schema of dataclasses, by rosbag_dataset's reader
     checks            rules between settings
     grid              the runs of a sweep, each with its name and settings
     ranks             several processes as one run: their store, their sums, the news that one has failed
