@@ -89,6 +89,12 @@ class DataConfig:
     ros_distro: str = setting("humble", "whose message definitions decode the bags")
     min_used_share: float = setting(0.5, "a bag is bad if frames cover less of the time it recorded")
     on_bad_bag: str = setting("error", "what a bag that cannot be used does", choices=CHOICES["on_bad_bag"])
+    episodes: str = setting("bag", "what separates episodes in a recording", choices=CHOICES["episodes"])
+    episode_pause_s: float = setting(2.0, "a pause or rest longer than this separates (gaps, still), s", low=0.1)
+    episode_marker_topic: str | None = setting(None, "topic that says start and stop (marker)")
+    keep_failures: bool = setting(False, "keep episodes that their sidecar marks as failures (file)")
+    trim_still_s: float | None = setting(None, "cut the rest at an episode's start to this, s; null keeps it", low=0.0)
+    min_episode_s: float = setting(0.0, "leave out shorter episodes, s", low=0.0)
     frames_on_device: str = setting("auto", "auto: frames live on the GPU when they fit", choices=("auto", "never"))
 
 
@@ -143,7 +149,8 @@ class TrainingConfig:
     keep_checkpoints: int | None = setting(None, "newest to keep besides last and best; null keeps all", low=1)
     on_save_error: str = setting("stop", "what a checkpoint that cannot be written does", choices=("stop", "continue"))
     output_dir: str = setting("outputs/train-rosbag-act", "where the run goes", path=True)
-    val_fraction: float = setting(0.1, "share of whole episodes held out; at least one of five or more", low=0.0)
+    val_fraction: float = setting(0.1, "share of whole recordings held out; at least one of five or more", low=0.0)
+    hold_out: str = setting("bag", "what is never on both sides of the split", choices=("bag", "episode"))
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
     compile: str = setting("auto", "torch.compile; auto: off", choices=("auto", "true", "false"))
@@ -313,7 +320,7 @@ class Trainer:
         self.say(f"reading bags in {bags.bag_dir}", flush=True)
         load = functools.partial(load_episodes, bags, progress=world.local_rank == 0)
         self.episodes, self.skipped = world.first_on_each_node(load, "decoding bags")
-        split = identity.split(self.episodes, cfg.training.val_fraction, cfg.training.seed, was)
+        split = identity.split(self.episodes, cfg.training, was)
         self.train_episodes, self.held_out = split
         reference_rad = identity.angle_reference(self.train_episodes, bags, was)
         for episode in self.episodes:
@@ -349,14 +356,12 @@ class Trainer:
         # The convolutions get their images channels last (that is how pixels are stored), and so their weights.
         self.model.to(world.device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload] - stubs
         self.normalizer = Normalizer(self.stats).to(world.device)
-        self.optimizer: Any = torch.optim.AdamW(  # Any: torch does not declare its attribute found_inf
-            [
-                {"params": self.model.other_parameters(), "lr": training.lr},
-                {"params": self.model.backbone_parameters(), "lr": training.lr_backbone},
-            ],
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+        groups = [
+            {"params": self.model.other_parameters(), "lr": training.lr},
+            {"params": self.model.backbone_parameters(), "lr": training.lr_backbone},
+        ]
+        # Any: torch does not declare its attribute found_inf
+        self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
         # The fused optimizer leaves the weights alone in a step in which this is 1 (it was made for AMP's scaler).
         self.optimizer.found_inf = torch.zeros((), device=world.device)
         self.scheduler = _build_scheduler(self.optimizer, training)
@@ -597,21 +602,16 @@ class Trainer:
             if not self.world.is_main:
                 return
             self.saver.submit(
-                self.output_dir,
-                self.step,
-                keep=training.keep_checkpoints,
-                on_error=training.on_save_error,
-                model_state=self.model.state_dict(),
-                act_config=self.act,
+                self.output_dir, self.step, keep=training.keep_checkpoints, on_error=training.on_save_error,
+                model_state=self.model.state_dict(), act_config=self.act, stats=self.stats,
                 image_shapes=self.episodes[0].image_shape,
-                stats=self.stats,
                 policy_fields=identity.policy_fields(self.settings),
                 train_config=self.contract,
                 # The resumed run makes up for a validation that a stop left out.
                 training_state=self._state(validation_due=not validate and self.step % training.save_freq == 0),
                 score=score,
                 total_steps=training.steps,
-            )
+            )  # fmt: skip
 
     def _wait_for_save(self) -> None:
         self.saver.wait()
@@ -629,7 +629,8 @@ class Trainer:
             contract=self.contract,
             trained=f"ACT, {self.parameters / 1e6:.1f} M parameters, {self.step} steps, effective batch "
             f"{self.effective_batch}, on {self.world.device}",
-            skipped_bags=len(self.skipped),
+            skipped=self.skipped,
+            stop_request=lambda: self.stop.name,
         )
 
 

@@ -35,7 +35,16 @@ from typing import Any, NoReturn
 import jinja2
 import yaml
 
-from rosbag_dataset import Bag, BagError, BagSettings, find_bags, parse_yaml, split_episodes, sync_table
+from rosbag_dataset import (
+    Bag,
+    BagError,
+    BagSettings,
+    find_bags,
+    left_out_notes,
+    parse_yaml,
+    split_episodes,
+    sync_table,
+)
 from rosbag_dataset.inspection import inspect_bags
 from train import Config, bag_settings, load_config
 from training.errors import ConfigError
@@ -290,12 +299,14 @@ def inspect(folder: Path, configs: Sequence[Config], evaluated: bool) -> list[Ba
         if settings in asked:
             continue
         asked.append(settings)
-        episodes, problems = inspect_bags(bags, settings)
+        episodes, problems, left_out = inspect_bags(bags, settings)
         for problem in problems:
             if settings.on_bad_bag != "skip" or not episodes:
                 raise BagError(problem["why"])
             print(f"note: {problem['why']}; skipped, as data.on_bad_bag says")
         print(sync_table([episode.sync_report for episode in episodes]))
+        for note in left_out_notes(left_out):
+            print(f"note: {note}")
         _, held_out = split_episodes(episodes, config.training.val_fraction, config.training.seed)
         print(f"held out: {', '.join(episode.name for episode in held_out) or 'none'}", flush=True)
         if evaluated and not (held_out and len(bags) >= 5):  # of fewer, train-entrypoint.sh cannot tell

@@ -8,7 +8,9 @@ The way of the data, with the room (module) that does each step:
                                                            commands, images.py and video.py pixels; faults.py
                                                            looks at these
     recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
-    entry -> episode       synchronisation.py              at every start: time grid, states, actions, segments
+    entry -> episodes      cutting.py                      at every start: what is an episode (sidecar.py: as a person
+                                                           wrote it down); of each, by synchronisation.py: time grid,
+                                                           states, actions, segments
     folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
@@ -30,12 +32,13 @@ from here.
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
 from .config import Schema, parse_yaml, read_config, setting
+from .cutting import cut, cut_settings, left_out_notes
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SettingError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .reading import Recording, read_bag
 from .reports import data_notes, sync_table
-from .samples import ChunkDataset, open_pixels
+from .samples import ChunkDataset, open_pixels, pixel_owners
 from .settings import (
     CHOICES,
     NEXT_STATE,
@@ -43,10 +46,12 @@ from .settings import (
     BagSettings,
     action_unit,
     command_rules,
+    episode_rules,
     setting_rules,
     settings_from,
     state_rules,
 )
+from .sidecar import sidecar_path
 from .statistics import angle_references, compute_stats
 from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap_to_pi
 from .topics import typestore_for
@@ -77,14 +82,19 @@ __all__ = [
     "clean_cache",
     "command_rules",
     "compute_stats",
+    "cut",
+    "cut_settings",
     "data_notes",
     "divide",
+    "episode_rules",
     "find_bags",
+    "left_out_notes",
     "load_entry",
     "load_episodes",
     "no_motion",
     "open_pixels",
     "parse_yaml",
+    "pixel_owners",
     "read_bag",
     "read_config",
     "refer_angles",
@@ -92,6 +102,7 @@ __all__ = [
     "setting",
     "setting_rules",
     "settings_from",
+    "sidecar_path",
     "split_episodes",
     "state_rules",
     "sync_table",

@@ -28,12 +28,12 @@ STORAGE_ENDINGS = (".db3", ".mcap", ".db3.zstd", ".mcap.zstd")
 
 @dataclass(frozen=True)
 class Bag:
-    """One recording, one episode: a folder with metadata.yaml and its storage files, or a bare storage file.
+    """One recording: a folder with metadata.yaml and its storage files, or a bare storage file.
 
     Opened by storage.open_storage().
     """
 
-    name: str  # path relative to bag_dir: the episode's name everywhere
+    name: str  # path relative to bag_dir: its name everywhere, and that of its only episode
     path: Path
     files: tuple[Path, ...]
     claimed: dict[str, int] | None  # topic -> message count according to metadata.yaml; None where there is none
@@ -124,14 +124,14 @@ def _episode_name(path: Path, bag_dir: Path) -> str:
     return relative.as_posix() if relative.parts else bag_dir.resolve().name
 
 
-class _MetadataLoader(FAST_YAML):
-    """Without merge keys (<<), which rosbag2 does not write: some lines of them multiply to gigabytes."""
+class PlainLoader(FAST_YAML):
+    """Without merge keys (<<), which nobody needs here: some lines of them multiply to gigabytes."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge nothing; a merge key is then an error of YAML's."""
 
 
-def _load_yaml(text: str) -> Any:
+def load_yaml(text: str, loader: type[Any] = PlainLoader) -> Any:
     """yaml.load, after a look at a text that could be deep enough to crash libyaml; rosbag2 writes six levels.
 
     A text with few brackets, dashes and question marks cannot be deep; walking through the events costs half as much as
@@ -147,7 +147,7 @@ def _load_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 100:
                 raise ValueError("it is more than 100 levels deep")
-    return yaml.load(text, Loader=_MetadataLoader)
+    return yaml.load(text, Loader=loader)
 
 
 def _bag_folder(path: Path, name: str) -> Bag:
@@ -163,7 +163,7 @@ def _bag_folder(path: Path, name: str) -> Bag:
         text = (path / "metadata.yaml").read_text()
         if pointer := lfs_pointer(text.encode()):
             return Bag(name, path, tuple(present), {}, "", f"metadata.yaml {pointer}")
-        info = _load_yaml(text)["rosbag2_bagfile_information"]
+        info = load_yaml(text)["rosbag2_bagfile_information"]
         listed = [path / Path(p).name for p in info["relative_file_paths"]]
         mode = str(info.get("compression_mode") or "").lower()
         claimed: dict[str, int] = {}

@@ -8,10 +8,12 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
     state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
     command.NAME.*.npy   of each state that was commanded, the arrays of commands.Commands
+    marker_time_ns.npy, marker.npy    (K,) int64: times and values of the episode markers, with data.episodes: marker
     meta.json            sizes of the images, a hash of each camera's first, which further states are held; how many
                          joint messages and packets of video were of no use, black, white, torn and frozen pictures, if
                          any; how late messages were after their header stamps (older entries do not say); written last
-    CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them
+    CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them; of those that a part of
+                         the recording shows in CAMERA.HASH.moments.json
 
 Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
 the entry was last used. `python -m rosbag_dataset cache` (pruning.py) shows entries, and removes some.
@@ -80,6 +82,8 @@ def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
         parts["action_source"] = settings.action_source
         parts["command_topics"] = {name: field.text for name, field in settings.command_topics.items()}
         parts["observed_only"] = settings.observed_only  # of these no command is stored
+    if settings.episodes == "marker":  # the only way to cut that wants another topic
+        parts["episode_marker_topic"] = settings.episode_marker_topic
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -220,6 +224,9 @@ def _write_entry(
             file.truncate()
     save(building / "joint_time_ns.npy", recording.joint_time_ns)
     save(building / "joint_rad.npy", recording.joint_rad)
+    if len(recording.marker):
+        save(building / "marker_time_ns.npy", recording.marker_time_ns)
+        save(building / "marker.npy", recording.marker)
     for camera, times in recording.camera_time_ns.items():
         save(building / f"{camera}.time_ns.npy", times)
     for name, samples in recording.states.items():
@@ -310,6 +317,9 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             },
             stamp_delay_ms=meta.get("stamp_delay_ms", {}),
         )
+        if (entry / "marker.npy").exists():
+            recording.marker_time_ns = np.load(entry / "marker_time_ns.npy")
+            recording.marker = np.load(entry / "marker.npy")
         for camera, (height, width) in recording.image_shape.items():
             file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
             if (size := file.stat().st_size) < expected:

@@ -1,7 +1,7 @@
 """A folder of bags to episodes, from the cache where it has them, and their split into training and validation.
 
 Knows: the order of the steps, what to do about a bad bag (data.on_bad_bag), which bags are copies of each other.
-Must not know: how any single step is done.
+Must not know: how any single step is done; how a recording is cut into episodes (cutting.py).
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from collections.abc import Container, Sequence
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, load_entry
+from .cutting import LeftOut, cut
 from .decoding import build_entries
 from .errors import BagError, SetupError
 from .images import height_by_width
 from .settings import BagSettings
+from .sidecar import read_sidecar
 from .storage import storage_errors
-from .synchronisation import Episode, synchronise
+from .synchronisation import Episode
 
 Shapes = dict[str, tuple[int, int]]  # camera -> (H, W)
 
 
 def load_episodes(
     settings: BagSettings, workers: int = 0, progress: bool = True
-) -> tuple[list[Episode], list[dict[str, str]]]:
+) -> tuple[list[Episode], list[LeftOut]]:
     """All episodes below `bag_dir`, from the cache where it has them, else decoded first (in parallel over bags).
 
     Args:
@@ -33,13 +35,14 @@ def load_episodes(
         progress: show a progress bar while decoding.
 
     Returns:
-        (episodes sorted by name, skipped bags as {"bag", "why"}; empty unless on_bad_bag is "skip").
+        (episodes sorted by name; what is left out: skipped bags, with on_bad_bag "skip", as {"bag", "why"}, episodes
+         cut from a bag, marked as failures or too short, as {"bag", "episode", "why"}).
 
     Raises:
-        BagError: no bags, or a bad one with on_bad_bag "error".
+        BagError: no bags, or a bad one with on_bad_bag "error"; no episode is left.
     """
     bags = find_bags(settings.bag_dir)
-    skipped: list[dict[str, str]] = []
+    skipped: list[LeftOut] = []
     stop_early = settings.on_bad_bag != "skip"
 
     def raise_or_skip(bag: Bag, error: BagError) -> None:
@@ -53,6 +56,8 @@ def load_episodes(
     failed: dict[str, BagError] = {}
     for bag in bags:
         try:
+            if settings.episodes == "file":  # a faulty sidecar is said before an hour of decoding
+                read_sidecar(bag)
             with storage_errors(bag, bag.path):
                 hashes[bag.name] = bag.content_hash()
             keys[bag.name] = cache_key(bag, hashes[bag.name], settings)
@@ -79,19 +84,28 @@ def load_episodes(
             except EntryError:
                 build_entry(bag, keys[bag.name], settings)
                 recording = load_entry(entry, cameras)
-            episode = synchronise(bag.name, recording, settings)
+            parts, left_out = cut(bag, recording, settings)
             if episodes:
-                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+                check_same_size(bag.name, recording.image_shape, episodes[0].name, episodes[0].image_shape)
         except BagError as error:
             raise_or_skip(bag, error)
             continue
-        episode.entry, episode.content_hash = entry, hashes[bag.name]
-        episode.recording_hash = recording.sha256()
-        mark_copy(episode, first_with)
-        episodes.append(episode)
+        skipped += left_out
+        recorded = recording.sha256()
+        for episode in parts:
+            episode.entry, episode.content_hash = entry, hashes[bag.name]
+            if not episode.whole:  # a resumed run compares these: another end is another episode
+                episode.content_hash += f" {episode.time_ns[0]}..{episode.time_ns[-1]}"
+            episode.recording_hash = recorded
+            mark_copy(episode, first_with)
+            episodes.append(episode)
     if not episodes:
+        first = skipped[0]
         raise BagError(
-            f"data.bag_dir: {settings.bag_dir}: all {len(bags)} bags were skipped; the first: {skipped[0]['why']}"
+            f"data.bag_dir: {settings.bag_dir}: all {len(bags)} bags were skipped; the first: {first['why']}"
+            if all("episode" not in entry for entry in skipped)
+            else f"data.bag_dir: {settings.bag_dir}: no episode is left of {len(bags)} bags, {len(skipped)} were left "
+            f"out; the first: {first.get('episode', first['bag'])}: {first['why']}"
         )
     return episodes, skipped
 
@@ -113,8 +127,8 @@ def check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: Sh
 
 def mark_copy(episode: Episode, first_with: dict[str, str]) -> None:
     """Say in an episode's sync report which earlier bag holds the same recording; `first_with` gains what is new."""
-    first = first_with.setdefault(episode.recording_hash, episode.name)
-    episode.sync_report["copy_of"] = "" if first == episode.name else first
+    first = first_with.setdefault(episode.recording_hash, episode.bag)
+    episode.sync_report["copy_of"] = "" if first == episode.bag else first
 
 
 def divide(episodes: Sequence[Episode], held_out: Container[str]) -> tuple[list[Episode], list[Episode]]:
@@ -122,22 +136,45 @@ def divide(episodes: Sequence[Episode], held_out: Container[str]) -> tuple[list[
     return [e for e in episodes if e.name not in held_out], [e for e in episodes if e.name in held_out]
 
 
-def split_episodes(episodes: Sequence[Episode], val_fraction: float, seed: int) -> tuple[list[Episode], list[Episode]]:
-    """Hold out whole episodes: -> (training, validation), each in order.
+def split_episodes(
+    episodes: Sequence[Episode], val_fraction: float, seed: int, hold_out: str = "bag"
+) -> tuple[list[Episode], list[Episode]]:
+    """Hold out whole recordings, or with `hold_out` "episode" whole episodes: -> (training, validation), each in order.
 
     Each recording has a number in [0, 1) that depends on the seed and on what was recorded alone, and is held out if
     that is below `val_fraction`. So recordings that are added later move none to the other side, and copies of the
     same one stay together: none leaks into validation. Of five or more recordings at least one is held out when
     `val_fraction` > 0 (the one with the lowest number), and one is always left to train on.
+
+    Episodes that were cut from one recording are on one side, unless `hold_out` is "episode" or it is the only
+    recording. Each then has a number of its own, by when in the recording it begins; of three or more episodes of the
+    only recording at least one is held out. An episode without an action is never held out: it measures nothing.
     """
 
     def number(group: str) -> float:
         return int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:7], "big") / 2**56
 
     group_of = {e.name: e.recording_hash or e.name for e in episodes}
-    groups = sorted(set(group_of.values()), key=number)
+    only_one = len(set(group_of.values())) == 1
+    if only_one or hold_out == "episode":
+        group_of = _groups_by_episode(episodes)
+    groups = sorted({group_of[e.name] for e in episodes if e.has_action}, key=number)
     count = sum(number(group) < val_fraction for group in groups)
-    if val_fraction > 0 and len(groups) >= 5:
+    if val_fraction > 0 and len(groups) >= (3 if only_one else 5):
         count = max(1, count)
     chosen = set(groups[: min(count, len(groups) - 1)])
     return divide(episodes, {name for name, group in group_of.items() if group in chosen})
+
+
+def _groups_by_episode(episodes: Sequence[Episode]) -> dict[str, str]:
+    """Episode name -> what is held out with it: itself, and what overlaps it in a copy that was cut differently."""
+    group_of: dict[str, str] = {}
+    latest: dict[str, tuple[str, int]] = {}  # recording -> (its latest group, until when that lasts)
+    for episode in sorted(episodes, key=lambda e: int(e.time_ns[0])):
+        recording = episode.recording_hash or episode.name
+        group, until_ns = latest.get(recording, ("", -1))
+        if episode.time_ns[0] > until_ns:
+            group = recording + episode.name.removeprefix(episode.bag or episode.name)
+        group_of[episode.name] = group
+        latest[recording] = group, max(until_ns, int(episode.time_ns[-1]))
+    return group_of

@@ -26,14 +26,24 @@ from tqdm import tqdm
 
 from .bags import Bag, find_bags
 from .config import read_config, setting
+from .cutting import LeftOut, cut, left_out_notes
 from .episodes import check_same_size, mark_copy
 from .errors import BagError
 from .reading import read_bag
 from .reports import data_notes, sync_table
-from .settings import CHOICES, BagSettings, Rule, command_rules, setting_rules, settings_from, state_rules
+from .settings import (
+    CHOICES,
+    BagSettings,
+    Rule,
+    command_rules,
+    episode_rules,
+    setting_rules,
+    settings_from,
+    state_rules,
+)
 from .statistics import angle_references
 from .storage import open_storage, topics_of
-from .synchronisation import Episode, refer_angles, synchronise
+from .synchronisation import Episode, refer_angles
 
 # The types of BagSettings, as a config has them.
 KINDS_OF = {
@@ -50,8 +60,11 @@ CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its def
 
 def inspect_bags(
     bags: Sequence[Bag], settings: BagSettings, verify: bool = False, show_topics: bool = False
-) -> tuple[list[Episode], list[dict[str, str]]]:
-    """The bags as episodes, without writing anything: -> (episodes, what is wrong with the others: "bag" and "why").
+) -> tuple[list[Episode], list[dict[str, str]], list[LeftOut]]:
+    """The bags as episodes, without writing anything.
+
+    Returns:
+        (episodes; what is wrong with bags that have none, as "bag" and "why"; the episodes that are left out of bags).
 
     Args:
         bags: from find_bags().
@@ -61,16 +74,19 @@ def inspect_bags(
     """
     episodes: list[Episode] = []
     problems: list[dict[str, str]] = []
+    left_out: list[LeftOut] = []
     first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
     for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
         if show_topics:
             print(f"{bag.name}")
         try:
-            episode = _inspect_bag(bag, settings, verify, show_topics)
-            if episodes:
-                check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
-            mark_copy(episode, first_with)
-            episodes.append(episode)
+            parts, without = _inspect_bag(bag, settings, verify, show_topics)
+            left_out += without
+            for episode in parts:
+                if episodes:
+                    check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+                mark_copy(episode, first_with)
+                episodes.append(episode)
         except BagError as error:
             problems.append({"bag": bag.name, "why": str(error)})
             if show_topics:
@@ -79,19 +95,24 @@ def inspect_bags(
         references = angle_references(episodes)
         for episode in episodes:
             refer_angles(episode, references, settings)
-    return episodes, problems
+    return episodes, problems, left_out
 
 
-def _inspect_bag(bag: Bag, settings: BagSettings, verify: bool, show_topics: bool) -> Episode:
+def _inspect_bag(
+    bag: Bag, settings: BagSettings, verify: bool, show_topics: bool
+) -> tuple[list[Episode], list[LeftOut]]:
+    """One bag's episodes, and what is left out, as cut() gives them."""
     if show_topics:
         with contextlib.ExitStack() as stack:
             topics = topics_of(open_storage(bag, stack))
         for topic, (types, count) in sorted(topics.items()):
             print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
     recording = read_bag(bag, settings, (lambda camera, image: None) if verify else None)
-    episode = synchronise(bag.name, recording, settings)
-    episode.recording_hash = recording.sha256()
-    return episode
+    episodes, left_out = cut(bag, recording, settings)
+    recorded = recording.sha256()
+    for episode in episodes:
+        episode.recording_hash = recorded
+    return episodes, left_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,17 +137,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    episodes, problems = inspect_bags(bags, settings, args.verify, show_topics=True)
+    episodes, problems, left_out = inspect_bags(bags, settings, args.verify, show_topics=True)
     reports = [episode.sync_report for episode in episodes]
     if episodes:
         print("\n" + sync_table(reports))
         for line in data_notes(episodes, chunk_size, settings):
             print(f"note: {line}")
+    for note in left_out_notes(left_out):
+        print(f"note: {note}")
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)
     if args.json:
         try:
-            args.json.write_text(json.dumps({"episodes": reports, "bad": problems}, indent=2))
+            args.json.write_text(json.dumps({"episodes": reports, "bad": problems, "left_out": left_out}, indent=2))
         except OSError as exc:
             print(f"error: --json: {args.json}: {exc.strerror}", file=sys.stderr)
             return 1
@@ -177,6 +200,10 @@ def check_settings(settings: BagSettings, where: str) -> None:
             (value in CHOICES[name], f"{section[name]}.{name}", value, f"one of {', '.join(CHOICES[name])}")
             for name, value in chosen.items()
         ),
+        (math.inf > settings.episode_pause_s >= 0.1, "data.episode_pause_s", settings.episode_pause_s, "at least 0.1"),
+        (math.inf > (settings.trim_still_s or 0) >= 0, "data.trim_still_s", settings.trim_still_s, "at least 0"),
+        (math.inf > settings.min_episode_s >= 0, "data.min_episode_s", settings.min_episode_s, "at least 0"),
+        *episode_rules(settings),
         *setting_rules(
             settings.joint_names, settings.joint_sign, settings.apply_joint_sign,
             settings.image_resize, settings.camera_topics, settings.min_used_share,

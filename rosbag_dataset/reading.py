@@ -7,6 +7,7 @@ Must not know: how files are stored, how a message is taken apart, and where pix
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from .topics import (
     check_topics,
     commanded_positions,
     joint_positions,
+    marker_value,
     parse_message,
     source_joints,
     stamp_ns,
@@ -53,6 +55,11 @@ class Samples:
     time_ns: np.ndarray  # (N,) int64
     value: np.ndarray  # (N,) float64
     held: bool  # bool or integer: each counts until the next one comes
+
+    def between(self, begin_ns: int, end_ns: int) -> Samples:
+        """Those of begin_ns <= t < end_ns."""
+        inside = (begin_ns <= self.time_ns) & (self.time_ns < end_ns)
+        return Samples(self.time_ns[inside], self.value[inside], self.held)
 
 
 @dataclass
@@ -78,6 +85,29 @@ class Recording:
     picture_faults: dict[str, Faults] = field(default_factory=dict)  # camera -> ...; only cameras that have some
     # topic -> how long after their header stamps its messages were received, the median in ms; only topics with stamps
     stamp_delay_ms: dict[str, float] = field(default_factory=dict)
+    marker_time_ns: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (K,) of the episode markers
+    marker: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (K,) int64, 0: stop
+
+    def between(self, begin_ns: int, end_ns: int) -> tuple[Recording, dict[str, np.ndarray]]:
+        """What was recorded at begin_ns <= t < end_ns, as if it were a recording of its own.
+
+        Returns:
+            (that part, camera -> (N,) int64: which images of the whole recording are the part's).
+        """
+        rows = (begin_ns <= self.joint_time_ns) & (self.joint_time_ns < end_ns)
+        images = {c: np.flatnonzero((begin_ns <= t) & (t < end_ns)) for c, t in self.camera_time_ns.items()}
+        part = dataclasses.replace(
+            self,
+            joint_time_ns=self.joint_time_ns[rows],
+            joint_rad=self.joint_rad[rows],
+            camera_time_ns={camera: self.camera_time_ns[camera][i] for camera, i in images.items()},
+            states={name: samples.between(begin_ns, end_ns) for name, samples in self.states.items()},
+            # Commands stay: one that was given before holds on. What has no time, or was counted, is the whole's.
+            ignored_joint_messages=0,
+            dropped_packets={},
+            picture_faults={},
+        )
+        return part, images
 
     def sha256(self) -> str:
         """A hash of what was recorded: joints, the time of each message, and each camera's first image.
@@ -135,6 +165,8 @@ def read_bag(
     field_times: dict[str, list[int]] = {key: [] for key in wanted_fields(settings)}
     field_values: dict[str, list[bool | int | float]] = {key: [] for key in field_times}
     commands = _JointCommands(settings)
+    marker_times: list[int] = []
+    markers: list[int] = []
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
 
     def keep(camera: str, time_ns: int, image: np.ndarray | None, shape: tuple[int, int] | None, raw: bytes) -> None:
@@ -184,6 +216,9 @@ def read_bag(
                 else:
                     joint_times.append(time_stamp(message, receive_ns, settings.time_source, where))
                     joint_rows.append(row)
+            if settings.episodes == "marker" and topic == settings.episode_marker_topic:
+                marker_times.append(time_stamp(message, receive_ns, settings.time_source, where))
+                markers.append(marker_value(message, where))
             if topic in camera_of:
                 camera = camera_of[topic]
                 time_ns = time_stamp(message, receive_ns, settings.time_source, where)
@@ -234,6 +269,8 @@ def read_bag(
         },
         {camera: found for camera, found in faults.items() if found},
         {topic: round(float(np.median(delays)) / 1e6, 1) for topic, delays in delays_ns.items()},
+        np.array(marker_times, np.int64),
+        np.array(markers, np.int64),
     )
 
 

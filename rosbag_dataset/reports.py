@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .cutting import rest_notes
 from .settings import BagSettings
 from .synchronisation import Episode
 
@@ -57,6 +58,8 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     frames, dropped = sum(r["frames"] for r in sync_reports), sum(r["dropped"] for r in sync_reports)
     segments = sum(r["segments"] for r in sync_reports)
     lines.append(f"{len(sync_reports)} episodes, {frames} frames kept, {dropped} dropped, {segments} segments")
+    lines += [f"note: {note}" for note in _cut_notes(sync_reports)]
+    copies: set[str] = set()  # bags of which it was said
     for report in sync_reports:
         if report["joints_never_moved"]:
             lines.append(f"note: {report['episode']}: never moved: {', '.join(report['joints_never_moved'])}")
@@ -67,9 +70,13 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
             )
         if report["states_never_changed"]:
             lines.append(f"note: {report['episode']}: never changed: {', '.join(report['states_never_changed'])}")
-        if report.get("copy_of"):
+        if report["frames"] == report["frames_without_action"]:
+            lines.append(f"note: {report['episode']}: no frame has an action, and it is never held out")
+        bag = report.get("cut", {}).get("bag", report["episode"])
+        if report.get("copy_of") and bag not in copies:
+            copies.add(bag)
             lines.append(
-                f"note: {report['episode']} is a copy of {report['copy_of']}: both are kept on the same side of the "
+                f"note: {bag} is a copy of {report['copy_of']}: both are kept on the same side of the "
                 "training/validation split; delete one"
             )
         for camera, ms in report["late_ms"].items():
@@ -130,10 +137,28 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
     return "\n".join(lines)
 
 
+def _cut_notes(sync_reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Say how many episodes came out of each bag that was cut, what lies between them, and what was cut off."""
+    first_of_bag = {report["cut"]["bag"]: report["cut"] for report in sync_reports if "cut" in report}
+    for bag, facts in first_of_bag.items():
+        frames, between = facts["frames_of_bag"], facts["frames_between"]
+        yield f"{bag}: {facts['episodes_in_bag']} episodes; {between} of its {frames} frames lie between them"
+    for report in sync_reports:
+        if report.get("cut", {}).get("never_stopped"):
+            yield f"{report['episode']}: its marker never stops, it lasts to the end of the recording"
+    trimmed = [report["trimmed_at_start"] for report in sync_reports if report.get("trimmed_at_start")]
+    if trimmed:
+        yield (
+            f"{sum(trimmed)} frames of rest were cut off at the start of {len(trimmed)} of {len(sync_reports)} "
+            "episodes (data.trim_still_s)"
+        )
+
+
 def data_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
     """What a person should know of all episodes together, one line each; `chunk_size` is the policy's."""
     yield from resize_notes(episodes, settings)
     yield from padding_notes(episodes, chunk_size, settings)
+    yield from rest_notes(episodes, settings)
 
 
 def resize_notes(episodes: Sequence[Episode], settings: BagSettings) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,14 @@ def open_pixels(episode: Episode, camera: str) -> np.ndarray:
     return np.memmap(episode.entry / pixels_file(camera), np.uint8, "r", shape=shape)
 
 
+def pixel_owners(episodes: Sequence[Episode]) -> dict[Hashable, Episode]:
+    """The cache entry of each recording -> the first of the episodes that were cut from it, and share its images."""
+    owners: dict[Hashable, Episode] = {}
+    for episode in episodes:
+        owners.setdefault(episode.entry or episode.name, episode)
+    return owners
+
+
 class ChunkDataset:
     """Samples for ACT: one per frame that has an action. A torch map-style dataset that returns whole batches.
 
@@ -36,7 +44,7 @@ class ChunkDataset:
         index                        (B,) int64 sample indices, to say which sample made trouble
 
     With `images` False, for frames that live on the device, instead of the images
-        image_index.<camera>         (B,) int64 among all stored images of the episodes, one episode after the other
+        image_index.<camera>         (B,) int64 among all stored images, one of pixel_owners() after the other
     """
 
     def __init__(self, episodes: Sequence[Episode], chunk_size: int, images: bool = True) -> None:
@@ -49,7 +57,12 @@ class ChunkDataset:
         self._frame_of = np.concatenate(frames) if frames else np.zeros(0, np.int64)
         self._stop_of = np.concatenate([s[f] for s, f in zip(stops, frames, strict=True)]) if frames else self._frame_of
         cameras = self.episodes[0].image_shape if self.episodes else ()
-        self._first_image = {c: np.cumsum([0, *(e.stored_images[c] for e in self.episodes)]) for c in cameras}
+        self._first_image: dict[str, list[int]] = {}  # camera -> which of all stored images is each episode's first
+        owners = pixel_owners(self.episodes)
+        for camera in cameras:
+            firsts = np.cumsum([0, *(owner.stored_images[camera] for owner in owners.values())]).tolist()
+            first_of = dict(zip(owners, firsts, strict=False))
+            self._first_image[camera] = [first_of[e.entry or e.name] for e in self.episodes]
         self._files: dict[tuple[int, str], int] = {}  # (episode, camera) -> descriptor of the stored images
         self._allow_open_files()
 

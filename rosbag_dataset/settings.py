@@ -28,6 +28,7 @@ CHOICES = {
     "joint_resample": ("linear", "nearest"),
     "time_source": ("receive", "header"),
     "on_bad_bag": ("error", "skip"),
+    "episodes": ("bag", "gaps", "still", "marker", "file"),
     "action_mode": ("delta", "absolute", "relative"),
 }
 
@@ -36,6 +37,8 @@ NEXT_STATE = "next_state"  # data.action_source: actions are of what was measure
 SINCE: dict[str, Any] = {
     "state_topics": None, "observed_only": (), "state_units": None,
     "action_source": NEXT_STATE, "command_topics": None, "command_max_age_ms": None,
+    "episodes": "bag", "episode_pause_s": math.inf, "episode_marker_topic": None, "keep_failures": False,
+    "trim_still_s": None, "min_episode_s": 0.0,
 }  # fmt: skip
 
 Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
@@ -74,6 +77,12 @@ class BagSettings:
             is commanded the command in force at frame t+k-1 stands for q[t+k].
         min_used_share: a recording is refused if frames cover less than this share of its time.
         on_bad_bag: "error" or "skip".
+        episodes: what is an episode: "bag" (a whole recording), or what separates several in one: see cutting.py.
+        episode_pause_s: "gaps", "still": a pause of the recorder, or a rest of the arm, longer than this separates.
+        episode_marker_topic: "marker": topic of a std_msgs Bool, String or integer, or None.
+        keep_failures: "file": keep episodes that their sidecar marks as failures.
+        trim_still_s: cut the rest at the start of each episode to this, or None to keep it.
+        min_episode_s: shorter episodes are left out.
     """
 
     bag_dir: Path
@@ -100,6 +109,12 @@ class BagSettings:
     action_mode: str
     min_used_share: float
     on_bad_bag: str
+    episodes: str
+    episode_pause_s: float
+    episode_marker_topic: str | None
+    keep_failures: bool
+    trim_still_s: float | None
+    min_episode_s: float
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -136,7 +151,8 @@ class BagSettings:
 def settings_from(values: dict[str, Any]) -> BagSettings:
     """BagSettings from the merged `data` and `conventions` keys of a config; keys of other use are ignored.
 
-    `camera_topics` wins over `camera_topic`, which is one camera called "color".
+    `camera_topics` wins over `camera_topic`, which is one camera called "color". Without the keys about episodes a bag
+    is one episode.
 
     Raises:
         BagError: a key is missing, or holds something of another type.
@@ -160,8 +176,9 @@ def settings_from(values: dict[str, Any]) -> BagSettings:
             values["command_max_age_ms"] = float(values["command_max_age_ms"])
         values["joint_sign"] = tuple(float(s) for s in values["joint_sign"] or ())
         values["image_resize"] = tuple(values["image_resize"]) if values["image_resize"] else None
-        for name in ("fps", "max_offset_ms", "min_used_share"):
+        for name in ("fps", "max_offset_ms", "min_used_share", "episode_pause_s", "min_episode_s"):
             values[name] = float(values[name])
+        values["trim_still_s"] = None if values["trim_still_s"] is None else float(values["trim_still_s"])
     except (AttributeError, TypeError, ValueError) as exc:
         raise BagError(f"the config's data or conventions section: {exc}") from None
     return BagSettings(**{n: values[n] for n in names})
@@ -216,6 +233,16 @@ def command_rules(
         (not broken, "data.command_topics", broken, f"{EXAMPLE}, of each"),
         (command_max_age_ms is None or 0 < command_max_age_ms < math.inf, "data.command_max_age_ms",
          command_max_age_ms, "above 0, or null"),
+    ]  # fmt: skip
+
+
+def episode_rules(data: Any) -> list[Rule]:
+    """Rules between the settings of a `data` section that say what an episode is; `data` has them as attributes."""
+    topic, marked = data.episode_marker_topic, data.episodes == "marker"
+    return [
+        (bool(topic) or not marked, "data.episode_marker_topic", topic, "a topic, with data.episodes: marker"),
+        (not marked or data.time_source == "receive", "data.time_source", data.time_source,
+         "receive with data.episodes: marker, because markers have no header.stamp"),
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Must not know: how a policy normalises with them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ def compute_stats(
     """Mean and standard deviation of the training episodes, for normalisation.
 
     State: every kept frame. Action: every frame that has one; relative ones, and deltas of commands: every one of every
-    frame's chunk, as training sees them. Images: ImageNet's, or per channel over every stored
-    frame of each camera, in [0, 1] ("dataset"; computed once per cache entry and kept beside it).
+    frame's chunk, as training sees them. Images: ImageNet's, or per channel over every stored frame of each camera, in
+    [0, 1] ("dataset"; computed once per cache entry, or part of one, and kept beside it).
 
     Args:
         episodes: those to train on, at least one.
@@ -142,15 +143,21 @@ def _merge(a: Moments | None, b: Moments) -> Moments:
 
 
 def _image_moments(episode: Episode, camera: str) -> Moments:
-    """Per-channel moments in [0, 1] over an episode's stored images; kept in the cache entry after the first time."""
+    """Per-channel moments in [0, 1] over an episode's stored images; kept in the cache entry after the first time.
+
+    Of a part of a recording only over the images that it shows: others may be held out.
+    """
     assert episode.entry is not None
-    file = episode.entry / f"{camera}.moments.json"
+    images: slice | np.ndarray = slice(None) if episode.whole else np.unique(episode.image_index[camera])
+    which = "" if isinstance(images, slice) else f".{hashlib.sha256(images.tobytes()).hexdigest()[:16]}"
+    file = episode.entry / f"{camera}{which}.moments.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there yet, or damaged: computed again
         count, mean, squares = json.loads(file.read_text())
         return count, np.array(mean), np.array(squares)
     moments: Moments | None = None
-    for image in open_pixels(episode, camera):
-        moments = _merge(moments, _moments(image.reshape(-1, 3) / np.float32(255)))
+    stored = open_pixels(episode, camera)
+    for image in np.arange(len(stored))[images]:
+        moments = _merge(moments, _moments(stored[image].reshape(-1, 3) / np.float32(255)))
     assert moments is not None
     partial = file.with_suffix(f".{os.getpid()}")
     try:

@@ -35,7 +35,9 @@ MAX_UR_RAD_PER_S, MAX_JUMPS = 10.0, 10
 
 @dataclass
 class Episode:
-    """One recording on a regular time grid. T kept frames, S states (joints, then data.state_topics), A of them acted.
+    """One recording, or a part of it, on a regular time grid: T kept frames.
+
+    S states (joints, then data.state_topics), A of them acted.
 
     Frames that lack a sample of some camera or state were dropped. A segment is a run of frames with none dropped in
     between; neither an action nor a chunk of actions goes beyond one. Frame t's action leads to frame t+1, so that a
@@ -62,6 +64,18 @@ class Episode:
     # (T, A) float64, where the action of frame t leads: on path_rad. None without commands: to frame t+1's path_rad.
     target: np.ndarray | None = None
     ahead: int = 1  # frames from a frame to the one that its action needs: 0 where all actions are of commands
+    bag: str = ""  # the recording that it is from, or a part of
+    whole: bool = True  # False: a part of it, and other parts of its entry's pixels are not its own (cutting.py)
+
+    @property
+    def frames_with_action(self) -> int:
+        """How many frames have an action: of what is measured, all but each segment's last."""
+        return int((self.action_stop > np.arange(len(self.time_ns))).sum())
+
+    @property
+    def has_action(self) -> bool:
+        """Whether there is anything to learn or to measure."""
+        return self.frames_with_action > 0
 
     @property
     def action_stop(self) -> np.ndarray:

@@ -35,6 +35,10 @@ JOINT_TYPE = "sensor_msgs/msg/JointState"
 TRAJECTORY_TYPE, ARRAY_TYPE = "trajectory_msgs/msg/JointTrajectory", "std_msgs/msg/Float64MultiArray"
 MAX_TRAJECTORY_NS = 24 * 3600 * 10**9
 TOPICS_SHOWN = 8  # in an error
+MARKER_TYPES = {"std_msgs/msg/Bool", "std_msgs/msg/String"} | {
+    f"std_msgs/msg/{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)
+}
+MARKER_WORDS = {"start": 1, "stop": 0}  # what a String may say
 NAMES_SHOWN = 60  # of the joints that a topic has, in an error; a humanoid has half as many
 
 
@@ -51,6 +55,8 @@ def wanted_topics(settings: BagSettings) -> list[tuple[str, str, set[str]]]:
     if settings.action_source != NEXT_STATE:
         wanted.append(("data.action_source", settings.action_source, {JOINT_TYPE, TRAJECTORY_TYPE, ARRAY_TYPE}))
     wanted += [(key, field.topic, set()) for key, field in wanted_fields(settings).items()]
+    if settings.episodes == "marker":
+        wanted.append(("data.episode_marker_topic", settings.episode_marker_topic or "", MARKER_TYPES))
     return wanted
 
 
@@ -405,3 +411,20 @@ def trajectory_points(message: Any, joint_names: tuple[str, ...], where: str) ->
     if not np.isfinite(rows[:, ours]).all():
         raise BagError(f"{where}: a position is not finite, expected angles")
     return offset_ns, rows
+
+
+def marker_value(message: Any, where: str) -> int:
+    """What a message of data.episode_marker_topic says: 0 stop, anything else start.
+
+    Raises:
+        BagError: a String that is neither "start" nor "stop".
+    """
+    if not isinstance(message.data, str):
+        return int(message.data)
+    word = message.data.strip().lower()
+    if word not in MARKER_WORDS:
+        raise BagError(
+            f"{where}: found {message.data[:40]!r}, expected {' or '.join(MARKER_WORDS)}; set "
+            "data.episode_marker_topic to the topic that says so, or leave it out with data.on_bad_bag: skip"
+        )
+    return MARKER_WORDS[word]

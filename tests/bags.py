@@ -154,6 +154,15 @@ def smooth_path(t: np.ndarray) -> np.ndarray:
     return np.stack([0.2 * j + 0.5 * np.sin((1 + 0.3 * j) * t + j) for j in range(6)], axis=1)
 
 
+def moving_in(*stretches: tuple[float, float]) -> Callable[[np.ndarray], np.ndarray]:
+    """A path for make_take(): smooth_path() in these stretches of time, in s, and rest where it is in between."""
+
+    def path(t: np.ndarray) -> np.ndarray:
+        return smooth_path(sum(np.clip(t - start, 0.0, stop - start) for start, stop in stretches) + 0.0 * t)
+
+    return path
+
+
 def noise_images(count: int, size: tuple[int, int], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
 

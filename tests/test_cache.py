@@ -75,6 +75,12 @@ AFTER_THE_CACHE = dict(
     state_units={"wrist_3_joint": "deg"},
     min_used_share=0.5,
     on_bad_bag="skip",
+    episodes="gaps",  # "marker" wants another topic: see the test behind these
+    episode_pause_s=5.0,
+    episode_marker_topic="/marker",
+    keep_failures=True,
+    trim_still_s=0.5,
+    min_episode_s=1.0,
     bag_dir=Path("elsewhere"),
     cache_dir=Path("elsewhere"),
 )
@@ -94,6 +100,17 @@ def test_key_changes_with_what_changes_pixels_or_times(bag_dir, name):
     changed = dataclasses.replace(wanted, **{name: value})
     same = cache_key(bag, "identity", wanted) == cache_key(bag, "identity", changed)
     assert same == (name in AFTER_THE_CACHE)
+
+
+def test_episode_markers_are_in_the_key_only_where_they_are_read(bag_dir):
+    """One more topic is read with data.episodes: marker; no other way to cut decodes anything again."""
+    bag, (a, b) = find_bags(bag_dir)[0], ("/a", "/b")
+    keys = {
+        (how, topic): cache_key(bag, "identity", settings(bag_dir, episodes=how, episode_marker_topic=topic))
+        for how in ("bag", "gaps", "still", "file", "marker")
+        for topic in (a, b)
+    }
+    assert len({key for (how, _), key in keys.items() if how != "marker"} | {keys["marker", a], keys["marker", b]}) == 3
 
 
 def test_settings_after_the_cache_decode_nothing(bag_dir, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import yaml
 
 import train
 from act_model import ACTConfig
-from rosbag_dataset import BagSettings, episodes
+from rosbag_dataset import BagError, BagSettings, episodes, load_episodes
+from tests.bags import settings
 from tests.mlflow_server import MlflowServer
 from tests.tiny import ROOT, run
 from train import Config, ConventionsConfig, DataConfig, ModelConfig, TrainingConfig, load_config
@@ -74,15 +76,18 @@ READ_FROM = {
     BagSettings: "data and conventions",
 }  # fmt: skip
 # Functions that read settings without doing what they say: they copy them, check them, or name a cache entry by them.
-NO_USE = {"__post_init__", "act_config", "cache_key", "check_settings", "read_settings", "_set", "__eq__", "__hash__"}
+NO_USE = {"__post_init__", "act_config", "cache_key", "check_settings", "episode_rules", "read_settings", "_set",
+          "__eq__", "__hash__"}  # fmt: skip
 SWITCHED_ON = {
     "data__command_topics": "{elbow_joint: '/joint_states:position[elbow_joint]'}",  # a topic that is there
     "conventions__apply_joint_sign": "true", "augmentation__enabled": "true", "wandb__enabled": "true",
     "mlflow__enabled": "true",
     "training__scheduler": "cosine", "training__warmup_steps": 1, "training__steps": 2, "training__save_freq": 1,
     "training__val_fraction": 0.2, "training__keep_checkpoints": 1, "model__n_action_steps": 1,
-    "model__temporal_ensemble_coeff": 0.02,
+    "model__temporal_ensemble_coeff": 0.02, "data__episodes": "still", "data__trim_still_s": 0.2,
 }  # fmt: skip
+# Of these one excludes the other: each is read where data.episodes says so.
+CUT_OTHERWISE = ({"episodes": "marker", "episode_marker_topic": "/marker"}, {"episodes": "file"})
 
 
 @pytest.mark.xdist_group("mlflow")
@@ -106,6 +111,11 @@ def test_every_key_is_read(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     output = run(sample_bags, tmp_path, data__cache_dir=tmp_path / "cache", **SWITCHED_ON)
     config = json.loads((output / "last/pretrained_model/config.json").read_text())
+    shutil.copytree(sample_bags / "episode_000", tmp_path / "bags/a")
+    (tmp_path / "bags/a/episodes.yaml").write_text("- {start_s: 0, stop_s: 1, success: false}\n")
+    for other in CUT_OTHERWISE:
+        with pytest.raises(BagError, match="/marker|success: false"):
+            load_episodes(settings(tmp_path / "bags", **other), 1, False)
     read |= {f"model.{key}" for key in ("n_action_steps", "temporal_ensemble_coeff") if config[key] in (1, 0.02)}
     assert set(all_keys()) - read == set()
 

@@ -890,7 +890,7 @@ def test_a_bad_bag_is_an_error_only_when_it_is_asked_for(tmp_path: Path) -> None
     assert len(list(source.frames(0))) > 20
     with pytest.raises(SourceError, match=r"bags: b: .* is damaged or not a finished recording"):
         source.episode(1)
-    with pytest.raises(SourceError, match=r"no episode 2; the folder has 2 bags, from 0 on"):
+    with pytest.raises(SourceError, match=r"no episode 2; the folder has 2 episodes in 2 bags, from 0 on"):
         source.episode(2)
 
 

@@ -126,6 +126,8 @@ WRONG_SETTINGS = [
     ("conventions", "joint_sign", [2] * 6), ("conventions", "image_resize", [30]), ("data", "fsp", 30),
     ("data", "min_used_share", 1.5), ("conventions", "action_mode", "both"),
     ("data", "camera_topics", {"a": "/x", "b": "/x"}),
+    ("data", "episodes", "some"), ("data", "episode_pause_s", 0), ("data", "trim_still_s", -1),
+    ("data", "min_episode_s", -1),
 ]  # fmt: skip
 
 

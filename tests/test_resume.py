@@ -125,7 +125,7 @@ def test_a_changed_model_or_changed_data_is_refused(straight: Path, sample_bags:
 def test_a_run_from_before_the_split_by_hash_goes_on_with_its_own_split(sample_bags: Path, tmp_path, monkeypatch):
     """What an update changed about the split, or will change, moves no episode of a run that is under way."""
 
-    def shuffled(episodes, val_fraction, seed):
+    def shuffled(episodes, *_):
         return [e for e in episodes if e.name != "episode_003"], [e for e in episodes if e.name == "episode_003"]
 
     def older(*args):

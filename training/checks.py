@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rosbag_dataset import command_rules, setting_rules, state_rules
+from rosbag_dataset import command_rules, episode_rules, setting_rules, state_rules
 
 from .errors import ConfigError
 
@@ -34,6 +34,7 @@ def check_settings(cfg: Any) -> None:
         *state_rules(data.joint_names, data.joint_topic, topics, data.observed_only, units, cfg.cameras),
         *command_rules(data.joint_names, data.joint_topic, topics, data.observed_only, data.action_source,
                        data.command_topics or {}, data.command_max_age_ms, cfg.cameras),
+        *episode_rules(data),
         (model.state_dim == states, "model.state_dim", model.state_dim, f"{states}, {counted}"),
         (model.action_dim == actions, "model.action_dim", model.action_dim, f"{actions}, {counted}{without}"),
         (model.n_action_steps <= model.chunk_size, "model.n_action_steps", model.n_action_steps, at_most),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lerobot_checkpoint import Normalizer
-from rosbag_dataset import ChunkDataset, Episode, open_pixels
+from rosbag_dataset import ChunkDataset, Episode, open_pixels, pixel_owners
 
 from . import augment
 
@@ -111,7 +111,8 @@ def name_samples(dataset: ChunkDataset, stream: SampleStream, first: int, count:
 class DeviceFrames:
     """All decoded frames of some episodes on the device, so that the loader sends indices instead of pixels.
 
-    Episodes follow each other in the order of ChunkDataset(images=False), whose `image_index.<camera>` counts them.
+    Recordings follow each other in the order of ChunkDataset(images=False), whose `image_index.<camera>` counts them;
+    those of which a part is an episode are there as a whole, and once.
     """
 
     SHARE = 0.5  # of the GPU's free memory; the rest is for weights, activations and other processes
@@ -119,15 +120,16 @@ class DeviceFrames:
     @classmethod
     def size_bytes(cls, episodes: Sequence[Episode]) -> int:
         """What the frames of these episodes take."""
-        return sum(open_pixels(e, camera).nbytes for e in episodes for camera in e.image_shape)
+        return sum(open_pixels(e, camera).nbytes for e in pixel_owners(episodes).values() for camera in e.image_shape)
 
     def __init__(self, episodes: Sequence[Episode], device: torch.device) -> None:
+        owners = pixel_owners(episodes).values()
         self.frames = {}  # camera -> (N, H, W, 3) uint8
         for camera, shape in episodes[0].image_shape.items():
-            stored = sum(e.stored_images[camera] for e in episodes)
+            stored = sum(e.stored_images[camera] for e in owners)
             self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
             first = 0
-            for episode in episodes:
+            for episode in owners:
                 pixels = open_pixels(episode, camera)
                 self.frames[camera][first : first + len(pixels)] = torch.from_numpy(pixels.copy())
                 first += len(pixels)

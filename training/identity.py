@@ -26,6 +26,7 @@ from rosbag_dataset import (
     BagSettings,
     Episode,
     angle_references,
+    cut_settings,
     divide,
     split_episodes,
 )
@@ -42,6 +43,9 @@ Settings = Mapping[str, Mapping[str, Any]]
 # Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
 # must not go on as if nothing had happened. 1: af889aa and older, which trained on frames in gaps of the joints too.
 SAMPLE_ORDER = 2
+
+# What a fingerprint means that was made before it had these keys: one bag is one episode.
+BEFORE_CUTTING = {"data.episodes": "bag", "data.trim_still_s": None, "training.hold_out": "bag"}
 
 
 def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
@@ -63,11 +67,14 @@ def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
 
 
 def split(
-    episodes: Sequence[Episode], val_fraction: float, seed: int, was: Mapping[str, Any] | None
+    episodes: Sequence[Episode], training: Any, was: Mapping[str, Any] | None
 ) -> tuple[list[Episode], list[Episode]]:
-    """-> (training, held-out episodes): as in the run with the fingerprint `was` that goes on, else chosen anew."""
+    """-> (training, held-out episodes): as in the run with the fingerprint `was` that goes on, else chosen anew.
+
+    `training` is that section of the configuration.
+    """
     if was is None:
-        return split_episodes(episodes, val_fraction, seed)
+        return split_episodes(episodes, training.val_fraction, training.seed, training.hold_out)
     return divide(episodes, was["held-out episodes"])
 
 
@@ -91,7 +98,11 @@ def fingerprint(
     train: Sequence[Episode],
     held_out: Sequence[Episode],
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run: the network, and the samples in their order."""
+    """What must be the same for a resumed run to be the same run: the network, and the samples in their order.
+
+    Which episodes there are, and where each begins and ends, is in their names and hashes; the settings that cut
+    recordings are there to name the cause.
+    """
     keys = ("fps", "max_offset_ms", "joint_resample", "time_source", "image_stats", "joint_names", "joint_topic")
     return {
         **{f"model.{name}": value for name, value in dataclasses.asdict(act).items()},
@@ -100,9 +111,11 @@ def fingerprint(
         "data.state_topics": list((settings["data"]["state_topics"] or {}).items()) or None,  # in their order
         "data.observed_only": settings["data"]["observed_only"] or None,
         **_commands(settings["data"]),
+        **{f"data.{name}": value for name, value in cut_settings(settings["data"]).items()},
         **{f"conventions.{name}": value for name, value in settings["conventions"].items()},
         "cameras": dict(cameras),
         "training.val_fraction": settings["training"]["val_fraction"],
+        "training.hold_out": settings["training"]["hold_out"],
         "sample order": SAMPLE_ORDER,
         "angle_reference_rad": list(angle_reference_rad),
         "training.seed": settings["training"]["seed"],
@@ -181,7 +194,7 @@ def check_unchanged(was: dict[str, Any], now: dict[str, Any], episodes: Sequence
             )
         since = ("sample order", "angle_reference_rad", "training.val_fraction")
         was = was | {name: now[name] for name in since}
-    if changed := differences(was, now):
+    if changed := differences(BEFORE_CUTTING | was, now):
         raise CheckpointError(
             f"{checkpoint}: cannot resume, the run has changed: {'; '.join(changed)}; set it back, or start a "
             "new run in another training.output_dir"

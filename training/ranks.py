@@ -105,7 +105,8 @@ class World:
         """
         with contextlib.suppress(RuntimeError):  # the store is gone with the node that held it
             if together:
-                self.barrier()
+                if dist.is_initialized():  # during the summary the others have left already
+                    self.barrier()
             elif self.store is not None:
                 self.store.set("stopped", str(self.rank))
 

@@ -6,39 +6,75 @@ policy predicts at each recorded frame against the action that was recorded, per
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from rosbag_dataset import ChunkDataset, Episode, action_unit, no_motion, sync_table
+from rosbag_dataset import ChunkDataset, Episode, action_unit, left_out_notes, no_motion, sync_table
 
+from .errors import Stopped
 from .metrics import METRICS, Watch, metrics_lines, read_metrics
 
 # What docs/results.md found in closed loop, with the same data, network and steps: the default is not what works best.
 STUDIED = {"delta": "48 %", "relative": "47 %", "absolute": "95 %"}
 FEW_PASSES = 5  # over the data: with fewer, a policy has seen too little to do its task
-SUMMARY_EPISODES = 5  # held-out episodes that the summary predicts on, frame by frame
+SUMMARY_EPISODES = 5  # held-out episodes that the summary predicts on
+SUMMARY_FRAMES = 500  # of each of them, at most: 17 s at 30 Hz, nearly every demonstration as a whole
+BATCH = 16
 
 Predict = Callable[[dict[str, np.ndarray]], torch.Tensor]
+StopRequest = Callable[[], str]  # -> the name of the signal that asks to stop, "" if none does
 
 
-def first_actions(episode: Episode, chunk_size: int, predict: Predict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run the policy on every recorded frame of an episode ("teacher-forced"), keeping each chunk's first action.
+def chosen_frames(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of an episode's `count` frames with an action the summary looks at, at most SUMMARY_FRAMES each.
 
     Returns:
-        (frames (N,) int64 that have an action, predicted (N, A), recorded (N, A)), actions in their units.
+        (those that errors are averaged over, evenly from all of the episode; those that are drawn, one after the other
+         from its middle), int64: both are all of them in an episode that is short enough.
+    """
+    if count <= SUMMARY_FRAMES:
+        return np.arange(count), np.arange(count)
+    first = (count - SUMMARY_FRAMES) // 2
+    return np.arange(SUMMARY_FRAMES) * count // SUMMARY_FRAMES, np.arange(first, first + SUMMARY_FRAMES)
+
+
+def first_actions(
+    episode: Episode, chosen: np.ndarray, chunk_size: int, predict: Predict, bar: tqdm, stop_request: StopRequest
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run the policy on recorded frames of an episode ("teacher-forced"), keeping each chunk's first action.
+
+    Args:
+        episode: a recorded one.
+        chosen: (N,) int64, which of its frames that have an action.
+        chunk_size: actions that `predict` gives at once.
+        predict: see finish().
+        bar: progress, in frames.
+        stop_request: asked between batches.
+
+    Returns:
+        (frames (N,) int64 of the episode, predicted (N, A), recorded (N, A)), actions in their units.
+
+    Raises:
+        Stopped: it was asked to.
     """
     dataset = ChunkDataset([episode], chunk_size)
-    frames = np.array([dataset.locate(i)[1] for i in range(len(dataset))], np.int64)
+    frames = np.array([dataset.locate(i)[1] for i in chosen], np.int64)
     predicted = []
     with torch.inference_mode():
-        for first in range(0, len(dataset), 16):
-            batch = dataset.__getitems__(range(first, min(first + 16, len(dataset))))
+        for first in range(0, len(chosen), BATCH):
+            if name := stop_request():
+                raise Stopped(f"{name} during the summary; the training is complete and saved, --resume sums it up")
+            batch = dataset.__getitems__(chosen[first : first + BATCH].tolist())
             predicted.append(predict(batch)[:, 0].float().cpu().numpy())
+            bar.update(len(predicted[-1]))
     return frames, np.concatenate(predicted), episode.action[frames]
 
 
@@ -63,6 +99,7 @@ def draw(
         return "none, matplotlib is not installed (pip install matplotlib)"
     training, validation = read_metrics(path.with_name(METRICS))
     dataset = ChunkDataset([episode], 1)
+    middle = next(i for i in range(len(dataset)) if dataset.locate(i)[1] == frames[len(frames) * 2 // 3])
     cameras = list(episode.image_shape)
     rows = 1 + -(-len(names) // 3)
     figure = plt.figure(figsize=(12, 2.9 * rows), layout="constrained")
@@ -79,10 +116,9 @@ def draw(
     curves.legend()
 
     camera = figure.add_subplot(grid[0, 3:])
-    middle = len(dataset) * 2 // 3
     camera.imshow(np.hstack([dataset[middle][f"observation.images.{c}"] for c in cameras]))
-    seconds = frames / fps
-    camera.set_title(f"{episode.name}, {', '.join(cameras)} camera at {seconds[middle]:.1f} s", fontsize=10)
+    seconds, shown_s = frames / fps, frames[len(frames) * 2 // 3] / fps
+    camera.set_title(f"{episode.name}, {', '.join(cameras)} camera at {shown_s:.1f} s", fontsize=10)
     camera.axis("off")
 
     for j, name in enumerate(names):
@@ -140,6 +176,15 @@ def report_sync(
     """Print what became of every bag, and write it to sync_report.json."""
     reports = [episode.sync_report for episode in episodes]
     print(sync_table(reports))
+    for note in left_out_notes(skipped):
+        print(f"note: {note}")
+    names = {e.name for e in held_out}
+    also_trained_on = {e.bag for e in episodes if e.name not in names}
+    if shared := sorted({e.bag for e in held_out} & also_trained_on):
+        print(
+            f"note: held-out episodes of {', '.join(shared)} are from recordings that are also trained on: the same "
+            "light, place and day, so that new recordings may be harder (training.hold_out)"
+        )
     content = {"episodes": reports, "skipped": list(skipped), "held_out": [e.name for e in held_out]}
     (output_dir / "sync_report.json").write_text(json.dumps(content, indent=2))
 
@@ -154,7 +199,8 @@ def finish(
     action_mean: np.ndarray,
     contract: Mapping[str, Any],
     trained: str,
-    skipped_bags: int,
+    skipped: Sequence[Mapping[str, str]],
+    stop_request: StopRequest,
 ) -> dict[str, Any]:
     """Measure the policy on a few episodes, write summary.json and summary.png, and print the one-screen summary.
 
@@ -167,10 +213,14 @@ def finish(
         action_mean: (A,) mean action of the training data.
         contract: what train_config.json holds.
         trained: what was trained, in one line.
-        skipped_bags: how many bags were left out.
+        skipped: the bags and episodes that were left out.
+        stop_request: asked between batches; what is drawn then is not worth waiting for.
 
     Returns:
         What summary.json holds.
+
+    Raises:
+        Stopped: it was asked to, and has written nothing.
     """
     names, action_mode = contract["action_names"], contract["action_mode"]
     acted = [contract["state_names"].index(name) for name in names]
@@ -178,18 +228,30 @@ def finish(
     in_rad = np.array([contract["units"][i] == "rad" for i in acted])
     units = [action_unit(contract["units"][i], action_mode) for i in acted]
     reports = [episode.sync_report for episode in (*train, *held_out)]
+    left_out = sum("episode" in entry for entry in skipped)
+    without = f"{len(skipped) - left_out} bags skipped" + (f", {left_out} episodes left out" if left_out else "")
     facts = {
         "trained": trained,
-        "data": f"{len(train)} episodes ({len(held_out)} more held out, {skipped_bags} bags skipped), "
+        "data": f"{len(train)} episodes ({len(held_out)} more held out, {without}), "
         f"{sum(r['frames'] for r in reports)} frames kept, {sum(r['dropped'] for r in reports)} dropped",
     }
-    unseen, seen = ([e for e in es if len(e.time_ns) > len(e.segments)] for es in (held_out, train))  # with an action
+    unseen, seen = ([e for e in es if e.has_action] for es in (held_out, train))
     episodes, any_unseen = (unseen or seen)[:SUMMARY_EPISODES], bool(unseen)
+    counts = [e.frames_with_action for e in episodes]
+    chosen = [chosen_frames(count) for count in counts]
+    assert episodes  # compute_stats has refused data in which no episode has an action
+    whole = len(chosen[0][0]) == counts[0]  # then what is drawn is what was measured
+    with tqdm(
+        total=sum(len(measured) for measured, _ in chosen) + (0 if whole else len(chosen[0][1])),
+        desc="summary", unit="frame", mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:  # fmt: skip
+        look = functools.partial(
+            first_actions, chunk_size=chunk_size, predict=predict, bar=bar, stop_request=stop_request
+        )
+        seen_at = [look(episode, measured) for episode, (measured, _) in zip(episodes, chosen, strict=True)]
+        shown = (episodes[0], *(seen_at[0] if whole else look(episodes[0], chosen[0][1])))
     errors: dict[str, list[np.ndarray]] = {}
-    shown = None
-    for episode in episodes:
-        frames, predicted, recorded = first_actions(episode, chunk_size, predict)
-        shown = shown or (episode, frames, predicted, recorded)
+    for episode, (frames, predicted, recorded) in zip(episodes, seen_at, strict=True):
         policies = {  # the last two are dumb: stay where you are, and the training data's mean
             "policy": predicted,
             "no motion": no_motion(episode.state[frames][:, acted], recorded, wrapped, action_mode),
@@ -197,21 +259,25 @@ def finish(
         }
         for name, action in policies.items():
             errors.setdefault(name, []).append(np.abs(action - recorded))
-    assert shown is not None  # compute_stats has refused data in which no episode has an action
     mae = {name: np.concatenate(parts) for name, parts in errors.items()}
     training, validation = read_metrics(output_dir / METRICS)
     watch = Watch()
     trouble = [note for line in metrics_lines(output_dir / METRICS) if (note := watch.add(line))]
     kind = "held-out" if any_unseen else "training (none was held out)"
     which = f"{len(episodes)} {kind} episode{'s' * (len(episodes) > 1)}"
+    if len(mae["policy"]) < sum(counts):
+        which += f" ({len(mae['policy'])} of {sum(counts)} frames, evenly)"
+    part = "" if whole else f", {len(shown[1])} of {counts[0]} frames"
     picture = draw(
         output_dir / "summary.png", *shown, names, contract["fps"], units,
-        f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}",
+        f"{facts['trained']}\npredicted against recorded actions on the {kind} episode {shown[0].name}{part}",
     )  # fmt: skip
     summary = {
         **facts,
         "episodes": [episode.name for episode in episodes],
         "held_out": any_unseen,
+        "frames": len(mae["policy"]),
+        "frames_in_episodes": sum(counts),
         "mae_rad": {name: float(error[:, in_rad].mean()) for name, error in mae.items() if in_rad.any()},
         "mae_rad_per_joint": {name: _per_name(error, names, in_rad) for name, error in mae.items()},
         "mae_per_other_state": {name: _per_name(error, names, ~in_rad) for name, error in mae.items()},
@@ -244,9 +310,9 @@ def finish(
     lines += [("warning", note) for note in trouble]
     # Joints together, what is in other units one by one.
     each = [(f" of {names[j]}", np.arange(len(names)) == j) for j in np.flatnonzero(~in_rad)]
-    for what, chosen in [("", in_rad)] * bool(in_rad.any()) + each:
-        unit = units[int(chosen.argmax())] or "no unit said"
-        compared = ", ".join(f"{name} {error[:, chosen].mean():.6f}" for name, error in mae.items())
+    for what, columns in [("", in_rad)] * bool(in_rad.any()) + each:
+        unit = units[int(columns.argmax())] or "no unit said"
+        compared = ", ".join(f"{name} {error[:, columns].mean():.6f}" for name, error in mae.items())
         lines.append(("error", f"mean absolute{what}, {unit}, on {which}: {compared}"))
     if action_mode != "absolute":
         lines.append(

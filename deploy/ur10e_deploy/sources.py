@@ -13,6 +13,7 @@ found, what was expected and what to do.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -32,11 +33,13 @@ from rosbag_dataset import (
     build_entry,
     cache_key,
     clean_cache,
+    cut,
+    cut_settings,
     find_bags,
     load_entry,
     open_pixels,
     settings_from,
-    synchronise,
+    sidecar_path,
 )
 
 
@@ -74,7 +77,7 @@ class EpisodeData:
 
     Attributes:
         index: the episode's number in its source.
-        name: the bag's name, or "episode_000003".
+        name: the bag's name, with "@" and a time if it is a part of the bag, or "episode_000003".
         timestamp_s: (n,) float64, seconds since the episode's start.
         state_rad: (n, S) float32, all finite, joints in rad.
         action: (n, A) float32, rad (absolute) or rad per frame (delta); a row is NaN where none was recorded
@@ -148,16 +151,17 @@ def frame_range(name: str, count: int, start: int, stop: int | None) -> range:
 
 
 class BagSource:
-    """ROS 2 bags as an EpisodeSource: one bag is one episode, numbered by name over all bags in the folder.
+    """ROS 2 bags as an EpisodeSource: the episodes that training makes of them, numbered over all bags by name.
 
     A bag is decoded when it is first asked for (into `cache_dir`, which may be the training's: then nothing is decoded
-    twice), so that evaluating the held-out few does not cost decoding all. A bag that cannot be used is an error when
-    it is asked for, whatever `on_bad_bag` was in training.
+    twice), so that evaluating the held-out few does not cost decoding all. But where training cut bags into episodes
+    (data.episodes), which ones there are is known only when all bags are decoded. A bag that cannot be used counts as
+    one episode, and is an error when it is asked for, whatever `on_bad_bag` was in training.
 
     Args:
         bag_dir: searched recursively for bags.
         values: the merged `data` and `conventions` of the checkpoint's train_config.json: topics, joints, fps, resize,
-            sign, wrapping, action mode. Its bag_dir and cache_dir are ignored.
+            sign, wrapping, action mode, what an episode is. Its bag_dir and cache_dir are ignored.
         cache_dir: folder for decoded frames.
         angle_reference_rad: the contract's, around which angles are wrapped; None is 0 for each joint.
         progress: show a progress bar while decoding, when stderr is a terminal.
@@ -189,7 +193,7 @@ class BagSource:
                 f"found {found}; check the path"
             ) from None
         self._progress = progress and sys.stderr.isatty()
-        self._loaded: dict[int, Episode] = {}
+        self._loaded: dict[int, list[Episode]] = {}  # number of a bag -> its episodes
         self.fps = self._settings.fps
         self.joint_names: list[str] | None = list(self._settings.state_names)
         self.action_mode: str | None = self._settings.action_mode
@@ -205,15 +209,19 @@ class BagSource:
         """
         if self._settings.image_resize:
             return dict.fromkeys(self._settings.camera_topics, self._settings.image_resize)
-        return dict((next(iter(self._loaded.values()), None) or self._load(0)).image_shape)
+        episode = next((e for episodes in self._loaded.values() for e in episodes), None) or self._load(0)
+        return dict(episode.image_shape)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What was evaluated, and with which settings it was read. `sha256` is over the bags' names and content."""
+        cutting = cut_settings(dataclasses.asdict(self._settings))
         digest = hashlib.sha256()
         for bag in self._bags:
             try:
                 digest.update(f"{bag.name}\0{bag.content_hash()}\0".encode())
+                if cutting["episodes"] == "file" and sidecar_path(bag).exists():
+                    digest.update(sidecar_path(bag).read_bytes())
             except OSError as error:
                 raise SourceError(f"{self._dir}: {bag.name}: {error.strerror or error}") from None
         conventions = ("fps", "action_mode", "apply_joint_sign", "joint_sign", "wrap_angles", "image_resize")
@@ -221,22 +229,23 @@ class BagSource:
             "path": str(self._dir),
             "kind": "rosbag2",
             "version": None,
-            "episodes": len(self._bags),
+            "episodes": len(self._episodes),
             "frames": None,
             "sha256": digest.hexdigest(),
-            "read_with": {name: getattr(self._settings, name) for name in conventions},
+            "read_with": {name: getattr(self._settings, name) for name in conventions}
+            | {name: value for name, value in cutting.items() if value not in ("bag", None)},
         }
 
     def episode_indices(self) -> list[int]:
-        """The numbers 0, 1, ... of all bags, in the order of their names."""
-        return list(range(len(self._bags)))
+        """The numbers 0, 1, ... of all episodes, in the order of the bags' names and of time."""
+        return list(range(len(self._episodes)))
 
     def episode_name(self, index: int) -> str:
-        """The bag's path below the folder. Raises SourceError when there is no such episode."""
-        return self._bag(index).name
+        """What training called it. Raises SourceError when there is no such episode."""
+        return self._place(index)[0]
 
     def episode(self, index: int) -> EpisodeData:
-        """States, actions and times of a bag, on the time grid that training uses; decodes it if the cache lacks it.
+        """States, actions and times, on the time grid that training uses; decodes the bag if the cache lacks it.
 
         Raises:
             SourceError: there is no such bag, or it cannot be used.
@@ -270,16 +279,35 @@ class BagSource:
             for i in wanted
         )
 
-    def _bag(self, index: int) -> Bag:
-        if not 0 <= index < len(self._bags):
-            raise SourceError(f"{self._dir}: no episode {index}; the folder has {len(self._bags)} bags, from 0 on")
-        return self._bags[index]
+    @cached_property
+    def _episodes(self) -> list[tuple[str, int, int]]:
+        """(name, number of its bag, which of the bag's episodes it is) of every episode."""
+        found: list[tuple[str, int, int]] = []
+        for number, bag in enumerate(self._bags):
+            names = [bag.name]
+            if self._settings.episodes != "bag":
+                with contextlib.suppress(SourceError):  # said when it is asked for
+                    names = [episode.name for episode in self._load_bag(number)]
+            found += [(name, number, part) for part, name in enumerate(names)]
+        return found
+
+    def _place(self, index: int) -> tuple[str, int, int]:
+        if not 0 <= index < len(self._episodes):
+            raise SourceError(
+                f"{self._dir}: no episode {index}; the folder has {len(self._episodes)} episodes in {len(self._bags)} "
+                "bags, from 0 on"
+            )
+        return self._episodes[index]
 
     def _load(self, index: int) -> Episode:
-        """Decode a bag unless the cache has it, and synchronise it as the trainer does (see load_episodes)."""
-        if index in self._loaded:
-            return self._loaded[index]
-        bag, settings = self._bag(index), self._settings
+        _, bag, part = self._place(index)
+        return self._load_bag(bag)[part]
+
+    def _load_bag(self, number: int) -> list[Episode]:
+        """Decode a bag unless the cache has it, synchronise and cut it as the trainer does (see load_episodes)."""
+        if number in self._loaded:
+            return self._loaded[number]
+        bag, settings = self._bags[number], self._settings
         with self._bag_errors(str(self._dir)):
             key = cache_key(bag, bag.content_hash(), settings)
             entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
@@ -294,16 +322,19 @@ class BagSource:
                 ) as bar:  # fmt: skip
                     build_entry(bag, key, settings, lambda images, size: bar.update(images))
                 recording = load_entry(entry, cameras)
-            episode = synchronise(bag.name, recording, settings, self._angle_reference_rad)
-        first = next(iter(self._loaded.values()), episode)
-        if episode.image_shape != first.image_shape:
+            episodes, left_out = cut(bag, recording, settings, self._angle_reference_rad)
+        if not episodes:
+            raise SourceError(f"{self._dir}: {bag.name}: no episode in it: {left_out[0]['why']}")
+        first = next((e for others in self._loaded.values() for e in others), episodes[0])
+        if episodes[0].image_shape != first.image_shape:
             raise SourceError(
-                f"{self._dir}: images of {bag.name} are {episode.image_shape}, those of {first.name} are "
+                f"{self._dir}: images of {bag.name} are {episodes[0].image_shape}, those of {first.bag} are "
                 f"{first.image_shape} (HxW), and the checkpoint's settings do not resize them; evaluate them apart"
             )
-        episode.entry = entry
-        self._loaded[index] = episode
-        return episode
+        for episode in episodes:
+            episode.entry = entry
+        self._loaded[number] = episodes
+        return episodes
 
     @contextlib.contextmanager
     def _bag_errors(self, where: str) -> Generator[None]:
