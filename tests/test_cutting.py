@@ -18,11 +18,11 @@ from rosbag_dataset import (
     load_episodes,
     open_pixels,
     read_bag,
-    rest_notes,
     split_episodes,
     sync_table,
     synchronise,
 )
+from rosbag_dataset.cutting import rest_notes
 from rosbag_dataset.inspection import main
 from tests.bags import T0_NS, Take, make_take, moving_in, ros, settings, write_bag
 from tests.checks import both_storages, error_of, load
