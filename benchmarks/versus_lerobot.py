@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ur10e_deploy import export
+from ur10e_deploy import runtimes
 
 import train
 from act_model import ACT
@@ -341,7 +341,10 @@ def inference(options: argparse.Namespace) -> None:
             work = lambda: policy.predict_chunk(observation).cpu()  # noqa: E731
             return [1e3 * common.seconds(work) for _ in range(INFERENCES)]
 
-        onnx, seen = export.OnnxPolicy(export.to_onnx(policy, {})), export.inputs_of(policy, np.random.default_rng(0))
+        onnx, seen = (
+            runtimes.OnnxPolicy(runtimes.to_onnx(policy, {})),
+            runtimes.inputs_of(policy, np.random.default_rng(0)),
+        )
 
         def with_onnx() -> list[float]:
             return [1e3 * common.seconds(lambda: onnx(*seen)) for _ in range(INFERENCES)]

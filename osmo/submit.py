@@ -56,6 +56,7 @@ OWN = ("pool", "priority", "bags")  # keys of submit.yaml that are no --set name
 PRIORITIES = ("HIGH", "NORMAL", "LOW")
 TOKEN = re.compile(r"\{\{(?:uuid|workflow_id|output|input:[^}]+|host:[^}]+)\}\}")  # OSMO's own, which stay
 RUN = "{{workflow_id}}"  # the name of a run, as long as OSMO has given it none
+UPLOAD = "--upload-to="  # the option of train-entrypoint.sh
 UNSAFE = re.compile(r"[\"'\\\s]")  # would end a text in the workflow, or the setting
 
 
@@ -452,12 +453,14 @@ def _done(words: list[str]) -> None:
 def next_commands(workflow_id: str, tasks: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """How to watch the first task, and to fetch what the last one with an output makes."""
     yield ["osmo", "workflow", "logs", workflow_id, "--task", tasks[0]["name"]]
-    output = [task for task in tasks if task.get("outputs")][-1]["outputs"][0]
     yield ["mkdir", "-p", "results"]
-    if "dataset" in output:
-        yield ["osmo", "dataset", "download", output["dataset"]["name"], "./results"]
-    else:
-        yield ["osmo", "data", "download", output["url"].replace(RUN, workflow_id), "./results"]
+    uploads = [word.removeprefix(UPLOAD) for task in tasks for word in task["args"] if word.startswith(UPLOAD)]
+    outputs = [task["outputs"][0] for task in tasks if task.get("outputs")]
+    if outputs and "dataset" in outputs[-1]:
+        yield ["osmo", "dataset", "download", outputs[-1]["dataset"]["name"], "./results"]
+    else:  # with a storage url a training uploads by itself, and what comes after it has an output
+        url = outputs[-1]["url"] if outputs else f"{uploads[-1]}/"
+        yield ["osmo", "data", "download", url.replace(RUN, workflow_id), "./results"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -401,7 +401,7 @@ MUTANTS = [
            " | {*instead.values()}", "",
            "test_topics.py::test_settings_for_several_cameras"),
     Mutant("topics: one of a type that does not fit is offered", "rosbag_dataset/topics.py",
-           "if v[0] <= allowed and v[1] and t not in others", "if t not in others",
+           "if (v[0] <= allowed or not allowed) and v[1] and t not in others", "if t not in others",
            "test_topics.py::test_all_settings_that_do_not_fit_are_one_message"),
     Mutant("faults: a camera without noise is frozen when the arm rests", "rosbag_dataset/faults.py",
            "_turned(joint_rad[inside]) > FROZEN_RAD", "True",

@@ -239,7 +239,7 @@ def test_statistics_of_commands(tmp_path, mode, with_gripper):
 @pytest.mark.parametrize(
     ("commands", "line"),
     [
-        ([], "a: data.action_source: no topic /commands; set it to one of the topics in this bag: "),
+        ([], "a: data.action_source: no topic /commands; this bag has none of type sensor_msgs/msg/JointState or "),
         ([(SOURCE, T0_NS, number("Bool", True))], "a: data.action_source: topic /commands has type std_msgs/msg/Bool"),
         ([(SOURCE, T0_NS, numbers([1, 2]))], "a: /commands, message 1: 2 values (1, 2), expected a finite one"),
         (command_messages("leader", names=("q1", *JOINTS[1:])), "a: data.joint_names: joint shoulder_pan_joint is in "

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from ur10e_deploy import export
+from ur10e_deploy import export, runtimes
 from ur10e_deploy.policy_runner import PolicyError, PolicyRunner
 
 from act_model import ACTION
@@ -90,8 +90,8 @@ def test_the_runner_runs_it(checkpoint: Path):
 
 def test_other_actions_are_not_written_and_not_run(checkpoint: Path, tmp_path: Path, monkeypatch, capsys):
     """A file that gives other actions than the checkpoint is refused, by the command and by the runner."""
-    forward = export.Deployable.forward
-    monkeypatch.setattr(export.Deployable, "forward", lambda self, *inputs: forward(self, *inputs) * 1.01)
+    forward = runtimes.Deployable.forward
+    monkeypatch.setattr(runtimes.Deployable, "forward", lambda self, *inputs: forward(self, *inputs) * 1.01)
     file = tmp_path / "policy.pt2"
     arguments = ["--checkpoint", str(checkpoint), "--format", "torch-export", "--output", str(file)]
     assert export.main(arguments) == 1 and not file.exists()

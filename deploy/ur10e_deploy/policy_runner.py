@@ -6,7 +6,7 @@
     print(runner.latency())
 
 Three backends run the same checkpoint: LeRobot's own ACTPolicy, whichever version is installed; ours, which needs no
-LeRobot; and onnxruntime with what export.py makes of ours, the fastest on a CPU. LeRobot's versions differ in where
+LeRobot; and onnxruntime with what runtimes.py makes of ours, the fastest on a CPU. LeRobot's versions differ in where
 they normalise (0.3.2 inside the policy, 0.4+ in processors around it), and a policy that normalises twice or not at all
 still gives actions, wrong ones. So when another backend than ours is loaded, its answers are compared with ours: only
 if they agree does it normalise exactly once.
@@ -40,7 +40,7 @@ from lerobot_checkpoint import (
 from rosbag_dataset import resize_image
 
 from .config import CONTROL_HZ, ENSEMBLE_M, WARM_UP_INFERENCES, PolicyError, read_contract
-from .export import ExportError, OnnxPolicy, difference_sigma, to_onnx
+from .runtimes import SAME_SIGMA, ExportError, OnnxPolicy, difference_sigma, to_onnx
 
 BACKENDS, DEVICES, MODES = ("auto", "lerobot", "native", "onnx"), ("auto", "cpu", "cuda", "mps"), (
     "auto", "chunk", "every-step", "ensemble",
@@ -94,7 +94,7 @@ class NativeBackend(_TorchBackend):
 
 
 class OnnxBackend:
-    """onnxruntime, on the CPU, with what export.py makes of the checkpoint.
+    """onnxruntime, on the CPU, with what runtimes.py makes of the checkpoint.
 
     Raises:
         PolicyError: it cannot be exported, or gives other actions.
@@ -111,10 +111,10 @@ class OnnxBackend:
         except ExportError as error:
             raise PolicyError(f"{policy.path}: backend onnx: {error}; or use --backend native") from None
         sigma = difference_sigma(policy, self._run)
-        if not sigma <= SAME_ACTIONS_SIGMA:
+        if not sigma <= SAME_SIGMA:
             raise PolicyError(
                 f"{policy.path}: onnxruntime {self.version} gives actions {sigma:.3g} standard deviations from ours "
-                f"(at most {SAME_ACTIONS_SIGMA:g} expected); use --backend native"
+                f"(at most {SAME_SIGMA:g} expected); use --backend native"
             )
 
     def act(self, states: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
