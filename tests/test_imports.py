@@ -133,7 +133,7 @@ def test_what_is_no_policy_loads_no_torch(module: str):
 
 
 def test_others_import_what_rosbag_dataset_exports():
-    """Outside of tests, from the package itself and by the names in __all__: its rooms may move. All but the inspection,
+    """Outside of tests, from the package itself and by names in __all__: its rooms may move. All but the inspection,
     a command, which __init__ does not import, because what trains needs none."""
     assert sorted(rosbag_dataset.__all__) == sorted(set(rosbag_dataset.__all__))
     others = [
