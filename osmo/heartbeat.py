@@ -128,7 +128,8 @@ class Heartbeat:
         signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
         parent, sent_level, sent_s, sending = os.getppid(), 0, time.monotonic(), None
         while not stop and os.getppid() == parent:
-            self.write()
+            with contextlib.suppress(OSError):  # the disk is full
+                self.write()
             if self.upload_to and (sending is None or sending.poll() is not None):
                 if level(self.beat) != sent_level or time.monotonic() - sent_s >= EVERY_S:
                     sent_level, sent_s, sending = level(self.beat), time.monotonic(), self.upload()

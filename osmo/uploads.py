@@ -86,11 +86,11 @@ class Uploads:
         self.sent = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def remember(self, sent: dict[str, list[int] | None]) -> None:
-        """Write down what is there."""
+        """Write down what is there, for a process that is restarted in place; on a full disk it sends all again."""
         self.sent = sent
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps(sent))
-        os.replace(partial, self.path)
+        with contextlib.suppress(OSError):
+            self.path.with_suffix(".tmp").write_text(json.dumps(sent))
+            os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def unsent(self) -> dict[str, list[int]]:
         """What is new or has changed."""
@@ -160,7 +160,10 @@ def watch(uploads: Uploads) -> None:
     while not stop.wait(RETRY_S if failed else 1) and os.getppid() == parent:
         if not (failed or time.monotonic() >= due_s or any(map(CHECKPOINT.match, uploads.unsent()))):
             continue
-        problem = uploads.send()
+        try:
+            problem = uploads.send()
+        except OSError as error:  # the disk is full
+            problem = str(error)
         if problem and not failed:
             say(f"note: not uploaded, trying again every {RETRY_S:g} s: {problem}")
         failed, due_s = problem, time.monotonic() + EVERY_S

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -223,6 +224,27 @@ def test_what_earlier_attempts_left_goes_when_it_is_old(tmp_path: Path, storage:
     shutil.rmtree(run.run_dir / "checkpoint_000002")
     write_checkpoint(run.run_dir, 4)
     assert run.send() == "" and stored(storage) == {f"checkpoint_{step:06d}" for step in (3, 4, 9)}
+
+
+def test_the_uploads_go_on_after_a_failure(tmp_path: Path, storage: Path):
+    """Beside the training, as a process: a failure is said once, and tried again. A full disk (here: what it writes
+    down has no place) is no reason to send the same again."""
+    run = run_of(tmp_path)
+    (run.run_dir / ".uploaded.tmp").mkdir()
+    (storage / ".fail").touch()
+    write_checkpoint(run.run_dir, 1)
+    command = [sys.executable, WORKFLOWS / "uploads.py", "watch", run.run_dir, f"--to={run.url}"]
+    environment = {**os.environ, "UPLOAD_RETRY_S": "0.1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert "note: not uploaded, trying again every 0.1 s: 0 of " in process.stdout.readline()
+            (storage / ".fail").unlink()
+            assert process.stdout.readline() == "uploads: uploaded checkpoint_000001\n"
+            write_checkpoint(run.run_dir, 2)
+            assert process.stdout.readline() == "uploads: uploaded checkpoint_000002\n"
+        finally:
+            process.terminate()
+    assert process.returncode == 0 and len(calls(storage)[-1]["names"]) == len(LISTED_FILES) + 1
 
 
 # -- both, with the script --------------------------------------------------------------------------------------------
