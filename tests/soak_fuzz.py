@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import resource
 import shutil
 import signal
@@ -27,29 +28,34 @@ from tqdm import tqdm
 
 from rosbag_dataset import BagError, compute_stats, find_bags, read_bag, synchronise
 from tests import bags
+from tests.test_video import stream
 
-SOURCES = {  # name -> (storage, compression, header stamps, compressed images)
-    "sqlite3": ("sqlite3", "none", "receive", False),
-    "sqlite3, zstd messages": ("sqlite3", "message", "receive", False),
-    "sqlite3, zstd file": ("sqlite3", "file", "receive", False),
-    "mcap": ("mcap", "none", "header", False),
-    "mcap, zstd chunks": ("mcap", "storage", "receive", False),
-    "mcap, jpeg": ("mcap", "none", "receive", True),
+SOURCES = {  # name -> (storage, compression, header stamps, pictures)
+    "sqlite3": ("sqlite3", "none", "receive", "raw"),
+    "sqlite3, zstd messages": ("sqlite3", "message", "receive", "raw"),
+    "sqlite3, zstd file": ("sqlite3", "file", "receive", "raw"),
+    "mcap": ("mcap", "none", "header", "raw"),
+    "mcap, zstd chunks": ("mcap", "storage", "receive", "raw"),
+    "mcap, jpeg": ("mcap", "none", "receive", "jpeg"),
+    "mcap, h264": ("mcap", "none", "receive", "h264"),
+    "sqlite3, hevc": ("sqlite3", "none", "header", "hevc"),
+    "mcap, av1": ("mcap", "none", "receive", "av1"),
 }
 
 
-def messages(jpeg: bool) -> list[bags.Message]:
+def messages(pictures: str) -> list[bags.Message]:
     take = bags.make_take(seconds=0.4, size=(12, 16))
-    if not jpeg:
+    if pictures == "raw":
         return take.messages()
-    return [
-        (
-            topic,
-            t,
-            message if topic == bags.JOINT_TOPIC else bags.compressed(t, bags.encode(take.images[i % 8], ".jpg")),
-        )
-        for i, (topic, t, message) in enumerate(take.messages())
-    ]
+    packets = itertools.cycle(stream(pictures)) if pictures != "jpeg" else None
+    made = []
+    for i, (topic, t, message) in enumerate(take.messages()):
+        if topic == bags.CAMERA_TOPIC and packets:
+            message = bags.compressed_video(t, next(packets)[0], pictures)
+        elif topic == bags.CAMERA_TOPIC:
+            message = bags.compressed(t, bags.encode(take.images[i % 8], ".jpg"))
+        made.append((topic, t, message))
+    return made
 
 
 def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
@@ -102,7 +108,7 @@ def read(folder: Path, time_source: str) -> str:
     settings = bags.settings(folder, time_source=time_source)
     try:
         for bag in find_bags(folder):
-            bag.identity()
+            bag.content_hash()
             recording = read_bag(bag, settings, lambda camera, image: None)
             episode = synchronise(bag.name, recording, settings)
             compute_stats([episode], "imagenet", 8)
@@ -125,19 +131,19 @@ def main() -> None:
     slowest_s, began = 0.0, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         originals = {}
-        for name, (storage, compression, _, jpeg) in SOURCES.items():
+        for name, (storage, compression, _, pictures) in SOURCES.items():
             path = Path(temporary) / "originals" / name.replace(" ", "").replace(",", "-") / "bag"
-            originals[name] = bags.write_bag(path, messages(jpeg), storage, compression)
+            originals[name] = bags.write_bag(path, messages(pictures), storage, compression)
             assert read(path.parent, SOURCES[name][2]) == "read", "undamaged, it must be read"
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in tqdm(range(args.count), unit="bag"):
             name = list(SOURCES)[i % len(SOURCES)]
-            storage, _, time_source, jpeg = SOURCES[name]
+            storage, _, time_source, pictures = SOURCES[name]
             folder = Path(temporary) / "case"
             shutil.rmtree(folder, ignore_errors=True)
             if rng.random() < 0.3:
                 folder.mkdir()
-                nonsense(folder / "bag", messages(jpeg), storage, rng)
+                nonsense(folder / "bag", messages(pictures), storage, rng)
             else:
                 shutil.copytree(originals[name], folder / "bag")
                 files = sorted(p for p in (folder / "bag").iterdir())
