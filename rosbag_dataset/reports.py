@@ -177,9 +177,8 @@ def resize_notes(episodes: Sequence[Episode], settings: BagSettings) -> Iterator
 def padding_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSettings) -> Iterator[str]:
     """Say when most of the actions in chunks are padding, because segments are shorter than a chunk, and what helps."""
     lengths = np.concatenate([np.diff(episode.segments).ravel() for episode in episodes]) - 1  # in actions
-    whole = np.minimum(
-        lengths, chunk_size
-    )  # a segment's samples have 1, 2, ... `whole` actions, then a full chunk each
+    # A segment's samples have 1, 2, ... actions before them, and from a chunk on a full chunk each.
+    whole = np.minimum(lengths, chunk_size)
     actions = whole * (whole + 1) // 2 + (lengths - whole) * chunk_size
     if not lengths.sum() or (padding := 1 - actions.sum() / (lengths.sum() * chunk_size)) <= MUCH_PADDING:
         return
@@ -187,14 +186,14 @@ def padding_notes(episodes: Sequence[Episode], chunk_size: int, settings: BagSet
     topic, slowest = min(report["topics"].items(), key=lambda item: item[1]["rate_hz"])
     needed_ms, interval_ms = report["max_offset_ms_that_keeps_95_percent"], 1000 / max(1e-3, slowest["rate_hz"])
     if needed_ms <= settings.max_offset_ms:
-        help = f"lower model.chunk_size to about {max(1, int(np.median(lengths)))}, or record longer episodes"
+        cure = f"lower model.chunk_size to about {max(1, int(np.median(lengths)))}, or record longer episodes"
     elif needed_ms <= interval_ms:  # not gaps, but every message: half its interval away from the one before
-        help = f"data.max_offset_ms: {needed_ms} instead of {settings.max_offset_ms:g} would keep 95% of the frames"
+        cure = f"data.max_offset_ms: {needed_ms} instead of {settings.max_offset_ms:g} would keep 95% of the frames"
     else:
-        help = "the topics have gaps: record them again, with a QoS and a disk that lose nothing"
+        cure = "the topics have gaps: record them again, with a QoS and a disk that lose nothing"
     yield (
         f"{padding:.0%} of the actions in chunks are padding, from which nothing is learned: "
         f"{sum(len(episode.segments) for episode in episodes)} segments of {int(np.median(lengths)) + 1} frames in the "
         f"median, chunks of {chunk_size} (model.chunk_size); {report['episode']} has {report['segments']} segments, "
-        f"and its {topic} comes every {interval_ms:.0f} ms; {help}"
+        f"and its {topic} comes every {interval_ms:.0f} ms; {cure}"
     )

@@ -141,7 +141,8 @@ def _listed(topics: dict[str, tuple[set[str], int]]) -> str:
 
 def _renamed(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     """For each wanted joint the one of `names` that differs by a prefix; [] if some has none, or more than one."""
-    alike = [[name for name in names if name.endswith(joint) or joint.endswith(name)] for joint in wanted]
+    named = [name for name in names if name]
+    alike = [[name for name in named if name.endswith(joint) or joint.endswith(name)] for joint in wanted]
     return [found[0] for found in alike] if {*wanted}.isdisjoint(names) and all(len(a) == 1 for a in alike) else []
 
 

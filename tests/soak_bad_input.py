@@ -19,6 +19,7 @@ BAD_SETTINGS = {
     "unknown key": ({"training__lrr": 1}, ["training.lrr"]),
     "text for a number": ({"training__steps": "many"}, ["training.steps"]),
     "negative batch": ({"training__batch_size": -1}, ["training.batch_size"]),
+    "a share of 2": ({"data__min_used_share": 2}, ["data.min_used_share: found 2.0", "from 0 to 1"]),
     "no GPU": ({"training__device": "cuda"}, ["cuda is not available"]),
     "missing joint": ({"data__joint_names": "[a, b, c, d, e, f]"}, ["joint a, b, c, d, e, f is in none of the"]),
     "no weights": ({"model__pretrained_backbone": "/no/file.pth"}, ["/no/file.pth"]),
