@@ -54,7 +54,8 @@ class VideoDecoder:
     """One camera's stream: give it each message in the order of recording, then take what is left with finish().
 
     Pictures come in the order in which they are shown. Those that cannot be right are left out: before the first
-    keyframe, and from a packet that does not decode to the next keyframe. Of several in one message the last counts.
+    keyframe, and from a packet that does not decode, or is missing, to the next keyframe. Of several in one message the
+    last counts.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class VideoDecoder:
         self._times_ns: list[int] = []  # of each message
         self._shown: list[int] = []  # numbers of the messages whose pictures were handed out, in that order
         self._whole = False  # whether every picture since a keyframe has decoded
+        self._numbers = _FrameNumbers()
         self._held: Any = None  # the newest picture: another one of the same message may replace it
         self._fault = ""  # why the last packet that did not decode did not
 
@@ -107,6 +109,8 @@ class VideoDecoder:
             )
         if not data:  # ffmpeg would take it for the end
             return
+        if self._context.name == "h264" and self._numbers.one_is_missing(data):
+            self._whole = False  # ffmpeg would go on with wrong pixels; of HEVC and AV1 it says itself what it lacks
         # Of a packet with several pictures ffmpeg may show one. The second call says that the message ends here.
         for packet in (*self._context.parse(data), *self._context.parse(None)):
             packet.pts = packet.dts = number  # comes out again with the picture
@@ -245,3 +249,77 @@ def _count(data: bytes, decoder: str) -> tuple[int, int]:
                 break
         at += length
     return units, pictures
+
+
+class _FrameNumbers:
+    """H.264 numbers the pictures that others build on (frame_num: ITU-T H.264, 7.4.3), so that a lost one shows."""
+
+    def __init__(self) -> None:
+        self._modulus = 0  # 0: unknown, or a stream that may leave numbers out
+        self._last: int | None = None
+
+    def one_is_missing(self, data: bytes) -> bool:
+        """Whether a picture that others build on is missing before one of this message, the next of the stream."""
+        missing = False
+        for unit in _UNIT.finditer(data):
+            kind, referred = unit[1][0] & 31, unit[1][0] >> 5 & 3
+            bits = _Bits(data[unit.end() + 1 : unit.end() + 64])
+            try:
+                if kind == 7:
+                    self._modulus = _frame_num_modulus(bits)
+                elif kind in (1, 5) and self._modulus and not bits.golomb():  # the first slice of a picture
+                    bits.golomb(), bits.golomb()  # kind of slice, parameter set
+                    number = bits.take((self._modulus - 1).bit_length())
+                    if kind == 1 and self._last is not None:
+                        missing |= number not in (self._last, (self._last + 1) % self._modulus)
+                    if referred:
+                        self._last = number
+            except ValueError:  # cut short: ffmpeg will say so
+                continue
+        return missing
+
+
+def _frame_num_modulus(bits: _Bits) -> int:
+    """Up to where a stream counts, from its sequence parameter set (7.3.2.1.1); 0 if it need not, or is exotic."""
+    profile = bits.take(24) >> 16
+    bits.golomb()
+    if profile in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+        if bits.golomb() == 3 and bits.take(1):  # colours in planes of their own
+            return 0
+        bits.golomb(), bits.golomb(), bits.take(1)
+        if bits.take(1):  # matrices
+            return 0
+    exponent = bits.golomb()
+    if exponent > 12:
+        raise ValueError
+    order = bits.golomb()
+    if order == 0:
+        bits.golomb()
+    elif order == 1:
+        bits.take(1), bits.golomb(), bits.golomb()
+        for _ in range(bits.golomb()):
+            bits.golomb()
+    bits.golomb()
+    return 0 if bits.take(1) else 16 << exponent  # gaps_in_frame_num_value_allowed_flag
+
+
+class _Bits:
+    """The bits of a unit, from its first on."""
+
+    def __init__(self, unit: bytes) -> None:
+        unit = unit.replace(b"\0\0\3", b"\0\0")  # the 3 is there so that nothing looks like a start code
+        self._bits, self._left = int.from_bytes(unit, "big"), 8 * len(unit)
+
+    def take(self, count: int) -> int:
+        """The next bits as a number. Raises ValueError when there are not so many."""
+        self._left -= count
+        if self._left < 0:
+            raise ValueError
+        return self._bits >> self._left & (1 << count) - 1
+
+    def golomb(self) -> int:
+        """The next number of variable length (Exp-Golomb, 9.1)."""
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.take(zeros)

@@ -138,6 +138,17 @@ def test_a_packet_that_does_not_decode(tmp_path, codec):
     assert recording.dropped_packets == {"color": (0, 3)}
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_packet_that_was_lost(tmp_path, codec):
+    """Those that build on it are left out, although ffmpeg shows H.264 with wrong pixels then."""
+    packets, pictures = packets_of(codec), decoded(codec, packets_of(codec))
+    times = video_bag(tmp_path / "bags" / "a", codec, [*packets[:2], *packets[3:]])
+    recording, images = read(tmp_path / "bags")
+    np.testing.assert_array_equal(images["color"], pictures[[0, 1, *range(GOP, COUNT)]])
+    np.testing.assert_array_equal(recording.camera_time_ns["color"], times[[0, 1, *range(GOP - 1, COUNT - 1)]])
+    assert recording.dropped_packets == {"color": (0, 2)}
+
+
 def test_b_frames_by_their_stamps(tmp_path):
     """Messages come in the order of decoding, pictures in that of time: by header stamps alone they are paired."""
     packets, order = zip(*stream("h264", b_frames=2), strict=True)
