@@ -46,7 +46,10 @@ class MlflowServer:
             "--artifacts-destination", str(self._folder / "artifacts"),
         ]  # fmt: skip
         log = (self._folder / "server.log").open("ab")
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": ""}
+        environment = {
+            **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": "",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more, which no test needs
+        }  # fmt: skip
         self._process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True
         )
