@@ -9,9 +9,10 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     state.NAME.time_ns.npy, state.NAME.value.npy    of each of data.state_topics: int64 ns, float64
     command.NAME.*.npy   of each state that was commanded, the arrays of commands.Commands
     marker_time_ns.npy, marker.npy    (K,) int64: times and values of the episode markers, with data.episodes: marker
-    meta.json            sizes of the images, a hash of each camera's first, which further states are held; how many
-                         joint messages and packets of video were of no use, black, white, torn and frozen pictures, if
-                         any; how late messages were after their header stamps (older entries do not say); written last
+    meta.json            sizes of the images, a hash of each camera's first, which further states are held, which were
+                         commanded; how many messages and packets of video were of no use, how many black, white, torn
+                         and frozen pictures there are, if any; how late messages were after their header stamps (older
+                         entries do not say); written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them; of those that a part of
                          the recording shows in CAMERA.HASH.moments.json
 
@@ -250,6 +251,8 @@ def _write_entry(
     if recording.picture_faults:
         meta["picture_faults"] = recording.picture_faults
     meta["stamp_delay_ms"] = recording.stamp_delay_ms
+    if recording.ignored_messages:
+        meta["ignored_messages"] = recording.ignored_messages
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -310,6 +313,7 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
                 name: Commands(*(np.load(entry / f"command.{name}.{part}.npy") for part in COMMAND_PARTS))
                 for name in meta.get("commands", ())
             },
+            ignored_messages=meta.get("ignored_messages", {}),
             dropped_packets={camera: tuple(counts) for camera, counts in meta.get("dropped_packets", {}).items()},
             picture_faults={
                 camera: {kind: tuple(found) for kind, found in kinds.items()}

@@ -109,7 +109,7 @@ def cut(
             }
         episodes.append(episode)
     if episodes:  # these have no time, or are counted for all of it, and count once
-        for counted in ("ignored_joint_messages", "dropped_packets", "picture_faults"):
+        for counted in ("ignored_joint_messages", "ignored_messages", "dropped_packets", "picture_faults"):
             episodes[0].sync_report[counted] = whole.sync_report[counted]
     return episodes, left_out
 

@@ -79,6 +79,8 @@ class Recording:
     ignored_joint_messages: int = 0  # messages of the joint topic that have none of the joints, and are in no row
     states: dict[str, Samples] = field(default_factory=dict)  # by their names in data.state_topics
     commands: dict[str, Commands] = field(default_factory=dict)  # by the names of the states that were commanded
+    # config key of a state or command -> messages of its topic that do not have it; only of those that were ignored
+    ignored_messages: dict[str, int] = field(default_factory=dict)
     # Of a camera with video: its messages before the first keyframe, and later ones that gave no picture. They have no
     # time and no picture here. Only cameras that have some; known only if pixels were decoded.
     dropped_packets: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Recording:
             states={name: samples.between(begin_ns, end_ns) for name, samples in self.states.items()},
             # Commands stay: one that was given before holds on. What has no time, or was counted, is the whole's.
             ignored_joint_messages=0,
+            ignored_messages={},
             dropped_packets={},
             picture_faults={},
         )
@@ -159,11 +162,7 @@ def read_bag(
     watches: dict[str, PictureWatch] = {}
     delays_ns: dict[str, list[int]] = {}
     ignored = 0
-    fields_of: dict[str, list[tuple[str, TopicField]]] = {}  # topic -> (config key of a number, its field)
-    for key, topic_field in wanted_fields(settings).items():
-        fields_of.setdefault(topic_field.topic, []).append((key, topic_field))
-    field_times: dict[str, list[int]] = {key: [] for key in wanted_fields(settings)}
-    field_values: dict[str, list[bool | int | float]] = {key: [] for key in field_times}
+    numbers = {key: _Numbers(topic_field) for key, topic_field in wanted_fields(settings).items()}
     commands = _JointCommands(settings)
     marker_times: list[int] = []
     markers: list[int] = []
@@ -201,11 +200,15 @@ def read_bag(
             message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
             if stamp := stamp_ns(message):
                 delays_ns.setdefault(topic, []).append(receive_ns - stamp)
-            for key, topic_field in fields_of.get(topic, ()):
-                value = topic_field.read(message, where)
-                if value is not None:
-                    field_times[key].append(time_stamp(message, receive_ns, settings.time_source, where))
-                    field_values[key].append(value)
+            for number in numbers.values():
+                if number.source.topic != topic:
+                    continue
+                value = number.source.read(message, where)
+                if value is None:
+                    number.ignored += 1
+                else:
+                    number.times_ns.append(time_stamp(message, receive_ns, settings.time_source, where))
+                    number.values.append(value)
             if topic == settings.action_source:
                 time_ns = time_stamp(message, receive_ns, settings.time_source, where)
                 commands.add(message, msgtype, time_ns, where)
@@ -248,20 +251,18 @@ def read_bag(
         {camera: first_image[camera] for camera in settings.camera_topics},
         ignored,
         {
-            name: Samples(
-                np.array(field_times[key], np.int64),
-                np.array(field_values[key], np.float64),
-                is_held(field_values[key][0]),
-            )
+            name: Samples(np.array(of.times_ns, np.int64), np.array(of.values, np.float64), is_held(of.values[0]))
             for name in settings.state_topics
-            for key in [f"data.state_topics.{name}"]
+            for of in [numbers[f"data.state_topics.{name}"]]
         },
-        commands.series()
+        commands.series(f"{bag.name}: data.action_source: {settings.action_source}")
         | {
-            name: held(field_times[key], field_values[key])
+            name: held(of.times_ns, of.values)
             for name in settings.command_topics
-            for key in [f"data.command_topics.{name}"]
+            for of in [numbers[f"data.command_topics.{name}"]]
         },
+        {key: of.ignored for key, of in numbers.items() if of.ignored}
+        | ({"data.action_source": commands.ignored} if commands.ignored else {}),
         {
             c: (v.before_keyframe, v.without_picture)
             for c, v in videos.items()
@@ -274,6 +275,16 @@ def read_bag(
     )
 
 
+@dataclass
+class _Numbers:
+    """What one field of a topic said, message by message."""
+
+    source: TopicField
+    times_ns: list[int] = field(default_factory=list)
+    values: list[bool | int | float] = field(default_factory=list)
+    ignored: int = 0  # messages that do not have it
+
+
 class _JointCommands:
     """What data.action_source said, message by message, and the joints' commands of it in the end."""
 
@@ -282,23 +293,30 @@ class _JointCommands:
         # (time in ns, (P,) ns from there to each point, (P, J) values); of what is no trajectory one row
         self._said: list[tuple[int, np.ndarray, np.ndarray]] = []
         self._trajectories = False
+        self.ignored = 0  # messages with none of the joints, or without points
 
     def add(self, message: Any, msgtype: str, time_ns: int, where: str) -> None:
         """Take a message that came at `time_ns`. Raises BagError when it is no command."""
         if msgtype == TRAJECTORY_TYPE:
             self._trajectories = True
-            if (points := trajectory_points(message, self._names, where)) is not None:
+            if (points := trajectory_points(message, self._names, where)) is None:
+                self.ignored += 1
+            else:
                 self._said.append((time_ns, *points))
             return
         positions = commanded_positions if msgtype == ARRAY_TYPE else joint_positions
-        if (row := positions(message, self._names, where)) is not None:
+        if (row := positions(message, self._names, where)) is None:
+            self.ignored += 1
+        else:
             self._said.append((time_ns, np.zeros(1, np.int64), row[None]))
 
-    def series(self) -> dict[str, Commands]:
-        """Joint -> its commands, of those for which data.action_source is asked."""
+    def series(self, where: str) -> dict[str, Commands]:
+        """Joint -> its commands, of those for which data.action_source is asked. Raises BagError when one has none."""
         found = {}
         for j in self._joints:
             said = [(t, offset, rows[:, j]) for t, offset, rows in self._said if not np.isnan(rows[0, j])]
+            if not said:
+                raise BagError(f"{where}: no message says where {self._names[j]} is to go, expected positions of it")
             if self._trajectories:
                 found[self._names[j]] = followed(said)
             else:

@@ -127,6 +127,12 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
             f"note: {ignored} messages of data.joint_topic, in {count} of {len(sync_reports)} episodes, have none of "
             "data.joint_names and were ignored"
         )
+    for key in sorted({key for report in sync_reports for key in report["ignored_messages"]}):
+        of = [report["ignored_messages"][key] for report in sync_reports if key in report["ignored_messages"]]
+        lines.append(
+            f"note: {sum(of)} messages of the topic of {key}, in {len(of)} of {len(sync_reports)} episodes, do not say "
+            "it and were ignored"
+        )
     crossing = sorted({name for report in sync_reports for name in report.get("joints_across_the_seam", ())})
     for name in crossing:
         count = sum(name in report["joints_across_the_seam"] for report in sync_reports)

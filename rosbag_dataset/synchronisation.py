@@ -228,6 +228,7 @@ def synchronise(
         "joint_jumps": len(jumps),
         "fastest_joint_step": fastest,
         "ignored_joint_messages": recording.ignored_joint_messages,
+        "ignored_messages": recording.ignored_messages,
         "late_ms": _late_ms(recording, settings),
         "picture_faults": {
             camera: {

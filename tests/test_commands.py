@@ -239,6 +239,7 @@ def test_statistics_of_commands(tmp_path, mode, with_gripper):
 @pytest.mark.parametrize(
     ("commands", "line"),
     [
+        ([(SOURCE, T0_NS, trajectory(T0_NS, [], []))], "a: data.action_source: /commands: no message says where"),
         ([], "a: data.action_source: no topic /commands; this bag has none of type sensor_msgs/msg/JointState or "),
         ([(SOURCE, T0_NS, number("Bool", True))], "a: data.action_source: topic /commands has type std_msgs/msg/Bool"),
         ([(SOURCE, T0_NS, numbers([1, 2]))], "a: /commands, message 1: 2 values (1, 2), expected a finite one"),
@@ -250,7 +251,7 @@ def test_statistics_of_commands(tmp_path, mode, with_gripper):
         ([(SOURCE, T0_NS, trajectory(T0_NS, [1], np.zeros((1, 5))))], "a: /commands, message 1: 6 joint names but [5]"),
         ([(SOURCE, T0_NS, trajectory(T0_NS, [1], [[np.nan] * 6]))], "a: /commands, message 1: a position is not"),
     ],
-    ids=["no topic", "type", "length", "leader", "trajectory", "times", "positions", "nan"],
+    ids=["no points", "no topic", "type", "length", "leader", "trajectory", "times", "positions", "nan"],
 )  # fmt: skip
 def test_commands_that_cannot_be_used(tmp_path, commands, line):
     """One line: bag, key or message, what was found, what was expected."""

@@ -115,6 +115,8 @@ def test_other_topics_are_states(tmp_path, storage, monkeypatch):
     np.testing.assert_allclose(episode.action[:-1], np.diff(episode.state, axis=0)[:, acted], atol=2e-5)
     report = episode.sync_report
     assert report["dropped"] == 0 and report["segments"] == 1 and report["states_never_changed"] == []
+    assert report["ignored_messages"] == {"data.state_topics.gripper": 1}  # the one without the finger
+    assert "note: 1 messages of the topic of data.state_topics.gripper, in 1 of 1 ep" in inspection.sync_table([report])
     streams = [name for name in report["topics"] if "(" in name]
     assert streams == [
         "/gripper/state (gripper)", "/ft/wrench (force_z, force_x)", "/vacuum (vacuum)", "/io_states (valve)",
