@@ -47,6 +47,8 @@ DECODERS = {"264": "h264", "265": "hevc", "hevc": "hevc", "av1": "libdav1d"}
 # consist of many units, for example of one per 1400 bytes.
 MAX_PICTURES, MAX_UNITS = 16, 4096
 
+# Kinds of units that stand before a picture: parameter sets, delimiters, messages about it.
+BEFORE_A_PICTURE = {"h264": (6, 7, 8, 9), "hevc": (32, 33, 34, 35, 39)}
 _UNIT = re.compile(rb"\x00\x00\x01(?=(...))", re.DOTALL)  # a unit of H.264 or HEVC begins, in a stream ("Annex B")
 
 
@@ -100,7 +102,7 @@ class VideoDecoder:
             raise BagError(f"{where}: its video is {codec!r}, that before it {self._codec!r}; record one of them only")
         data, number = bytes(message.data), len(self._times_ns)
         self._times_ns.append(time_ns)
-        units, pictures = _count(data, self._context.name)
+        units, pictures, starts = _layout(data, self._context.name)
         if units > MAX_UNITS or pictures > MAX_PICTURES:
             raise BagError(
                 f"{where}: more than {MAX_PICTURES if pictures > MAX_PICTURES else MAX_UNITS} "
@@ -111,8 +113,8 @@ class VideoDecoder:
             return
         if self._context.name == "h264" and self._numbers.one_is_missing(data):
             self._whole = False  # ffmpeg would go on with wrong pixels; of HEVC and AV1 it says itself what it lacks
-        # Of a packet with several pictures ffmpeg may show one. The second call says that the message ends here.
-        for packet in (*self._context.parse(data), *self._context.parse(None)):
+        for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
+            packet = _packet(data[start:stop])
             packet.pts = packet.dts = number  # comes out again with the picture
             yield from self._decode(packet, where, damaged_without_picture=pictures > 0)
 
@@ -130,7 +132,8 @@ class VideoDecoder:
         if not self._shown:
             fault = f" (ffmpeg says: {self._fault})" if self._fault else ""
             raise BagError(
-                f"{where}: no keyframe that decodes in {len(self._times_ns)} messages of {self._codec!r} video{fault}; "
+                f"{where}: no keyframe that decodes, of at most {MAX_PIXELS} pixels, in {len(self._times_ns)} messages of "
+                f"{self._codec!r} video{fault}; "
                 "record it with a keyframe and its parameter sets every second or so, one picture a message, as a "
                 "stream (Annex B; AV1: low overhead format), or leave it out with data.on_bad_bag: skip"
             )
@@ -215,40 +218,55 @@ def _ffmpeg_error() -> type[Exception]:
     return av.FFmpegError
 
 
-def _count(data: bytes, decoder: str) -> tuple[int, int]:
-    """How many units a message has, and how many pictures begin in it; counts no further than just beyond the limits.
+def _packet(data: bytes) -> Any:
+    """What av decodes; only after _open_decoder(). Its parser would find the packets, too, but can crash on damage."""
+    import av
 
-    H.264 (ITU-T H.264, 7.3.1) and HEVC (H.265, 7.3.1.2): start codes are looked for; the first slice of a picture
-    begins with a bit that is set. AV1 (its specification, 5.3): each unit says how long it is.
+    return av.Packet(data)
+
+
+def _layout(data: bytes, decoder: str) -> tuple[int, int, list[int]]:
+    """What is in a message: looks no further than just beyond the limits.
+
+    H.264 (ITU-T H.264, 7.3.1 and 7.4.1.2.3) and HEVC (H.265, 7.3.1.2 and 7.4.2.4.4): start codes are looked for; the
+    first slice of a picture begins with a bit that is set. AV1 (its specification, 5.3): each unit has its length.
+
+    Returns:
+        (number of units, number of pictures that begin, where each packet begins: one per picture, since of several in
+        one packet ffmpeg may show one; AV1 may have them in one).
     """
-    units = pictures = 0
-    if decoder != "libdav1d":
-        for unit in _UNIT.finditer(data):
-            first, second, third = unit[1]
+    units, pictures, starts = 0, 0, [0]
+    if decoder == "libdav1d":
+        at = 0
+        while at < len(data) and units <= MAX_UNITS and pictures <= MAX_PICTURES:
             units += 1
-            if decoder == "h264":
-                pictures += first & 31 in (1, 2, 5) and second >= 128
-            else:
-                pictures += first >> 1 & 63 < 32 and third >= 128
-            if units > MAX_UNITS or pictures > MAX_PICTURES:
+            pictures += data[at] >> 3 & 15 in (3, 6)  # a frame's header, alone or with the frame
+            if not data[at] & 2:  # no length: up to the end
                 break
-        return units, pictures
-    at = 0
-    while at < len(data) and units <= MAX_UNITS and pictures <= MAX_PICTURES:
+            at += 2 if data[at] & 4 else 1
+            length = 0
+            for shift in range(0, 56, 7):
+                byte = data[at] if at < len(data) else 0
+                length |= (byte & 127) << shift
+                at += 1
+                if byte < 128:
+                    break
+            at += length
+        return units, pictures, starts
+    begun = False  # whether the packet has a picture already
+    for unit in _UNIT.finditer(data):
+        kind, in_slice = (unit[1][0] & 31, unit[1][1]) if decoder == "h264" else (unit[1][0] >> 1 & 63, unit[1][2])
+        is_slice = kind in (1, 2, 5) if decoder == "h264" else kind < 32
+        first = is_slice and in_slice >= 128
+        if begun and (first or kind in BEFORE_A_PICTURE[decoder]):
+            starts.append(unit.start())
+            begun = False
+        begun |= is_slice
         units += 1
-        pictures += data[at] >> 3 & 15 in (3, 6)  # a frame's header, alone or with the frame
-        if not data[at] & 2:  # no length: up to the end
+        pictures += first
+        if units > MAX_UNITS or pictures > MAX_PICTURES:
             break
-        at += 2 if data[at] & 4 else 1
-        length = 0
-        for shift in range(0, 56, 7):
-            byte = data[at] if at < len(data) else 0
-            length |= (byte & 127) << shift
-            at += 1
-            if byte < 128:
-                break
-        at += length
-    return units, pictures
+    return units, pictures, starts
 
 
 class _FrameNumbers:

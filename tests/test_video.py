@@ -168,9 +168,9 @@ BOMB = {"h264": b"\0\0\1\x41\x80\0", "hevc": b"\0\0\1\x02\1\x80", "av1": b"\x32\
 @pytest.mark.parametrize(
     ("codec", "packets", "words"),
     [
-        ("h264", packets_of("h264")[1:4], ["no keyframe that decodes in 3 messages of 'h264'", "Annex B"]),
-        ("h264", [b"rubbish"] * 3, ["no keyframe that decodes in 3 messages", "ffmpeg says: "]),
-        ("h264", [b""] * 2, ["no keyframe that decodes in 2 messages"]),
+        ("h264", packets_of("h264")[1:4], ["no keyframe that decodes, of", "in 3 messages of 'h264'", "Annex B"]),
+        ("h264", [b"rubbish"] * 3, ["in 3 messages of 'h264' video", "ffmpeg says: "]),
+        ("h264", [b""] * 2, ["in 2 messages of 'h264' video"]),
         ("vp9", [b"x"], ["message 1", "'vp9', expected h264, hevc (h265) or av1", "the raw topic"]),
         *[(codec, [unit * 17], ["message 1", "more than 16 pictures", "expected 1"]) for codec, unit in BOMB.items()],
         ("h264", [b"\0\0\1\x06" * 5000], ["more than 4096 units"]),
@@ -197,7 +197,11 @@ def test_video_of_too_many_pixels(tmp_path, codec, monkeypatch):
     for limit in (HEIGHT * WIDTH - 1, HEIGHT * WIDTH // 4):
         monkeypatch.setattr(video, "MAX_PIXELS", limit)
         message = error_of(lambda: read(tmp_path / "bags"))
-        assert f"says that it is 64x96 (HxW), 6144 pixels, expected at most {limit}" in message
+        refused = codec == "av1" and limit < HEIGHT * WIDTH / 2  # by dav1d, which does not say how large it is
+        words = (
+            f"no keyframe that decodes, of at most {limit} pix" if refused else f"6144 pixels, expected at most {limit}"
+        )
+        assert words in message and (refused or "says that it is 64x96 (HxW)" in message)
 
 
 def test_two_codecs_on_one_topic(tmp_path):
