@@ -225,7 +225,7 @@ def parse_cli(words: list[str]) -> tuple[str, list[str], dict[str, list[str]]]:
 
 Check = Callable[[Any, str], None]
 NAME = r"[a-zA-Z]([a-zA-Z0-9_-]*[a-zA-Z0-9])?"
-URL = r"azure://[^/,;*]+(/[^/,;*]+)+/*"
+URL = r"(azure://[^/,;*]+|s3:/)(/[^/,;*]+)+/*"
 CODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 
 
@@ -308,7 +308,7 @@ CREDENTIAL = mapping(text(r"[A-Za-z][\w-]*", "a payload key"), r"[A-Za-z_]\w*")
 
 def model(version: str) -> Check:
     """The whole file as this version of OSMO accepts it."""
-    inputs: dict[str, Check] = {"url": text(URL, "azure://ACCOUNT/CONTAINER/PATH"), "task": NAMED}
+    inputs: dict[str, Check] = {"url": text(URL, "azure://ACCOUNT/CONTAINER/PATH or s3://BUCKET/PATH"), "task": NAMED}
     outputs: dict[str, Check] = {"url": inputs["url"]}
     if version != "6.4":  # which takes urls only
         inputs["dataset"] = fields({"name": DATASET}, {"localpath": text(r".+"), "regex": text()})

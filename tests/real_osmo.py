@@ -42,9 +42,9 @@ import yaml
 
 from tests.osmo_spec import SpecError, check, osmo_commands, place, readme_commands, submit, tasks
 
-STORAGE = "storage_url=azure://account/container/prefix"
+STORAGE, S3 = "storage_url=azure://account/container/prefix", "storage_url=s3://bucket/prefix"
 IMAGE = "image=192.168.1.100:5000/ur10e-act-train:1"
-VARIANTS = {  # beside the guides' commands; each with datasets and with a storage url
+VARIANTS = {  # beside the guides' commands; each with datasets and with a storage url, the plain ones on S3, too
     "osmo-workflow.yaml": (
         [],
         ["recordings=ur10e-rosbags/bags-0123456789ab"],
@@ -99,7 +99,7 @@ def database(credentials: dict[str, dict[str, str]]) -> Any:
     }  # fmt: skip
     rows = {"FROM pools": pool, "FROM backends": backend, "SELECT workflow_id FROM workflows": {"workflow_id": "w-1"}}
     registry = ["192.168.1.100", "192.168.1.100:5000"]  # before 6.4 the host alone
-    unchecked = {"disable_registry_validation": registry, "disable_data_validation": ["azure"]}
+    unchecked = {"disable_registry_validation": registry, "disable_data_validation": ["azure", "s3"]}
     workflow = connectors.WorkflowConfig(credential_config=unchecked)
     buckets = {"bucket": {"dataset_path": "azure://account/datasets"}}
 
@@ -268,7 +268,7 @@ def submissions(checkout: Path, variants_too: bool) -> Iterator[list[str]]:
             yield [_filled(word) for word in words[1:]]
     for name, variants in VARIANTS.items() if variants_too else ():
         for variant in variants:
-            for storage in ([], [STORAGE]):
+            for storage in ([], [STORAGE], *([] if variant else [[S3]])):
                 images = [IMAGE, "eval_" + IMAGE] if "eval" in name or "sweep" in name else [IMAGE]
                 variant = variant if storage else [word.replace("/bags-", ":bags-") for word in variant]
                 yield ["workflow", "submit", f"osmo/{name}", "--pool", "gpu-pool", "--set", *images, *variant, *storage]

@@ -77,6 +77,12 @@ def test_accepted_with_a_storage_url(path: Path, version: str):
 
 
 @each_workflow
+def test_s3_is_storage_too(path: Path):
+    """docs/osmo-administrator.md says so; tests/real_osmo.py asks OSMO itself."""
+    check(submit(path, "storage_url=s3://bucket/prefix"), "6.3.1")
+
+
+@each_workflow
 def test_datasets_by_default_until_6_4_removed_them(path: Path):
     spec = submit(path)
     check(spec, "6.2.8")
