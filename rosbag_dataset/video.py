@@ -132,8 +132,8 @@ class VideoDecoder:
         if not self._shown:
             fault = f" (ffmpeg says: {self._fault})" if self._fault else ""
             raise BagError(
-                f"{where}: no keyframe that decodes, of at most {MAX_PIXELS} pixels, in {len(self._times_ns)} messages of "
-                f"{self._codec!r} video{fault}; "
+                f"{where}: no keyframe that decodes, of at most {MAX_PIXELS} pixels, in {len(self._times_ns)} messages "
+                f"of {self._codec!r} video{fault}; "
                 "record it with a keyframe and its parameter sets every second or so, one picture a message, as a "
                 "stream (Annex B; AV1: low overhead format), or leave it out with data.on_bad_bag: skip"
             )
