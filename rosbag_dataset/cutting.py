@@ -31,7 +31,8 @@ from .sidecar import read_sidecar
 from .synchronisation import STILL_RAD_PER_S, Episode, synchronise
 
 MARKED_FAILURE = "its sidecar says success: false"
-# A rest at the start of episodes is worth a line when it is at least this share of all frames, or all rests are.
+# Rests are worth a line when this share of all frames, at the start of episodes, would be cut off; or when later rests
+# are this share.
 MUCH_AT_START, MUCH_STILL = 0.05, 0.25
 SUGGESTED_TRIM_S = 0.2
 
@@ -262,8 +263,8 @@ def rest_notes(episodes: Sequence[Episode], settings: BagSettings) -> Iterator[s
     kept = round(SUGGESTED_TRIM_S * settings.fps)
     gain = sum(max(0, rest - kept) for rest in rests)
     advice = []
-    if settings.trim_still_s is None and sum(rests) / frames >= MUCH_AT_START and gain:
-        advice.append(f"data.trim_still_s: {SUGGESTED_TRIM_S:g} would leave out {gain} frames at the start of episodes")
+    if settings.trim_still_s is None and gain / frames >= MUCH_AT_START:
+        advice.append(f"data.trim_still_s: {SUGGESTED_TRIM_S:g} would cut off {gain} of these {sum(rests)}")
     if settings.episodes != "still" and (still - sum(rests)) / frames >= MUCH_STILL:
         advice.append("data.episodes: still cuts at rests longer than data.episode_pause_s")
     if advice:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Container, Sequence
+from pathlib import Path
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, load_entry
@@ -100,14 +101,17 @@ def load_episodes(
             mark_copy(episode, first_with)
             episodes.append(episode)
     if not episodes:
-        first = skipped[0]
-        raise BagError(
-            f"data.bag_dir: {settings.bag_dir}: all {len(bags)} bags were skipped; the first: {first['why']}"
-            if all("episode" not in entry for entry in skipped)
-            else f"data.bag_dir: {settings.bag_dir}: no episode is left of {len(bags)} bags, {len(skipped)} were left "
-            f"out; the first: {first.get('episode', first['bag'])}: {first['why']}"
-        )
+        raise BagError(nothing_left(settings.bag_dir, len(bags), skipped))
     return episodes, skipped
+
+
+def nothing_left(bag_dir: Path, bags: int, skipped: Sequence[LeftOut]) -> str:
+    """What to say when of so many bags no episode is left."""
+    first = skipped[0]
+    if all("episode" not in entry for entry in skipped):
+        return f"data.bag_dir: {bag_dir}: all {bags} bags were skipped; the first: {first['why']}"
+    why = f"{first['episode']}: {first['why']}" if "episode" in first else first["why"]
+    return f"data.bag_dir: {bag_dir}: no episode is left of {bags} bags, {len(skipped)} were left out; the first: {why}"
 
 
 def check_same_size(name: str, shapes: Shapes, first_name: str, first_shapes: Shapes) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .bags import Bag, find_bags
 from .config import read_config, setting
 from .cutting import LeftOut, cut, left_out_notes
-from .episodes import check_same_size, mark_copy
+from .episodes import check_same_size, mark_copy, nothing_left
 from .errors import BagError
 from .reading import read_bag
 from .reports import data_notes, sync_table
@@ -147,13 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)
+    if not episodes and not problems:
+        print(f"error: {nothing_left(args.bag_dir, len(bags), left_out)}", file=sys.stderr)
     if args.json:
         try:
             args.json.write_text(json.dumps({"episodes": reports, "bad": problems, "left_out": left_out}, indent=2))
         except OSError as exc:
             print(f"error: --json: {args.json}: {exc.strerror}", file=sys.stderr)
             return 1
-    return 1 if problems else 0
+    return 1 if problems or not episodes else 0
 
 
 def settings_of(bag_dir: Path, config: Path | None, overrides: Sequence[str] = ()) -> tuple[BagSettings, int]:

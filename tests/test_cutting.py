@@ -293,10 +293,10 @@ def test_the_rest_at_the_start_is_cut_and_the_end_is_kept(tmp_path, how):
         assert_shows(episode, take)
         assert "data.trim_still_s" not in "".join(rest_notes([episode], wanted))
     (note,) = rest_notes([usual], settings(tmp_path / "bags", episodes=how))
-    numbers = [int(number) for number in re.findall(r"\d+(?= %| frames)", note)]
+    numbers = [int(number) for number in re.findall(r"\d+(?= %| frames| of these)", note)]
     still = 1 - 6 / (end - begin) if how == "bag" else 1 - 2 / (end - begin)
     assert numbers == pytest.approx([100 * still, 100 / (end - begin), 30, 24], abs=1.5), note
-    assert "a policy that sees an arm at rest learns to rest: data.trim_still_s: 0.2 would leave out" in note
+    assert "a policy that sees an arm at rest learns to rest: data.trim_still_s: 0.2 would cut off" in note
     moving = make_take(seconds=1.0, size=(2, 2))
     write_bag(tmp_path / "moving" / "a", moving.messages())
     episodes, _ = load(settings(tmp_path / "moving"))
@@ -433,6 +433,9 @@ def test_the_inspection_shows_the_same_episodes(sessions, tmp_path, capsys):
     assert all(f"\n{name}  " in out for name in names(episodes))
     assert "left out 1 episodes that their sidecars mark as failures (success: false): a@00004.500s;" in out
     assert "frames of rest were cut off at the start of 8 of 8 episodes" in out
+    config.write_text("data: {min_episode_s: 99}")
+    assert main([str(sessions), "--config", str(config)]) == 1
+    assert "no episode is left of 3 bags, 3 were left out; the first: a: 11.9" in capsys.readouterr().err
     config.write_text("data: {episodes: marker}")
     assert main([str(sessions), "--config", str(config)]) == 1
     assert "data.episode_marker_topic: found None, expected a topic" in capsys.readouterr().err
