@@ -32,7 +32,7 @@ def short_summaries(monkeypatch):
     monkeypatch.setattr(summary, "SUMMARY_FRAMES", 10)
 
 
-CUT = {"data__episodes": "file", "data__keep_failures": "true", "training__save_freq": 2}
+CUT = {"data__episodes": "file", "data__keep_failures": "true"}
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def data_settings(output: Path) -> dict:
 def test_one_bag_with_three_demonstrations_holds_one_out(one_bag: Path, tmp_path: Path, capsys):
     """Validated on, and said, with what that is worth; decoded once; evaluated by its name, with the states and frames
     that training had; resumed only as it was cut."""
-    output = run(one_bag, tmp_path, **CUT)
+    output = run(one_bag, tmp_path, **CUT, training__steps=2)
     said, contract = capsys.readouterr().out, contract_of(output)
     (held_out,) = contract["held_out_episodes"]
     everything = sorted([*contract["training_episodes"], held_out])
     assert everything == [f"session@{s}s" for s in ("00000.500", "00004.500", "00008.500")]
     assert f"2 episodes, 1 held out ({held_out})" in said and "held-out episodes of session are from recordings" in said
-    assert len(metrics(output, "val_l1_loss")) == 3 and len(entries(tmp_path / "tiny-cache")) == 1
+    assert len(metrics(output, "val_l1_loss")) == 1 and len(entries(tmp_path / "tiny-cache")) == 1
     report = json.loads((output / "sync_report.json").read_text())
     assert [e["episode"] for e in report["episodes"]] == everything
     assert report["held_out"] == json.loads((output / "summary.json").read_text())["episodes"] == [held_out]
@@ -87,30 +87,31 @@ def test_one_bag_with_three_demonstrations_holds_one_out(one_bag: Path, tmp_path
     sidecar = one_bag / "session/episodes.yaml"
     sidecar.write_text(SIDECAR.replace("stop_s: 11.5", "stop_s: 11.0"))
     assert BagSource(one_bag, values, values["cache_dir"]).identity["sha256"] != sha256
-    resume = (*CUT.items(), ("training__steps", 8))
-    assert train.main(arguments(one_bag, tmp_path, ("--resume",), **dict(resume))) == 1
+    resume = CUT | {"training__steps": 3}
+    assert train.main(arguments(one_bag, tmp_path, ("--resume",), **resume)) == 1
     assert (
         "cannot resume, the run has changed" in (error := capsys.readouterr().err) and "(session@00008.500s)" in error
     )
     sidecar.write_text(SIDECAR)
-    assert train.main(arguments(one_bag, tmp_path, ("--resume",), **dict(resume) | {"data__episodes": "bag"})) == 1
+    assert train.main(arguments(one_bag, tmp_path, ("--resume",), **resume | {"data__episodes": "bag"})) == 1
     assert "data.episodes (was file, is bag)" in capsys.readouterr().err
-    run(one_bag, tmp_path, "--resume", **dict(resume))
+    run(one_bag, tmp_path, "--resume", **resume)
     assert contract_of(output)["held_out_episodes"] == [held_out]
 
 
 def test_a_run_from_before_episodes_were_cut_goes_on(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
     """Its fingerprint has none of the keys: one bag was one episode, and is; so it is for its evaluation."""
     fingerprint, before = identity.fingerprint, identity.BEFORE_CUTTING
+    quick = {"training__steps": 2, "training__val_fraction": 0}
     with monkeypatch.context() as patch:
         patch.setattr(identity, "fingerprint", lambda *a: {k: v for k, v in fingerprint(*a).items() if k not in before})
-        output = run(sample_bags, tmp_path, training__steps=2)
+        output = run(sample_bags, tmp_path, **quick)
     assert not set(before) & set(load_training_state(output / "last")["fingerprint"])
-    still = arguments(sample_bags, tmp_path, ("--resume",), data__episodes="still", data__trim_still_s=0.1)
+    still = arguments(sample_bags, tmp_path, ("--resume",), data__episodes="still", data__trim_still_s=0.1, **quick)
     assert train.main(still) == 1
     error = capsys.readouterr().err
     assert "data.episodes (was bag, is still)" in error and "data.trim_still_s (was None, is 0.1)" in error
-    run(sample_bags, tmp_path, "--resume", training__steps=3)
+    run(sample_bags, tmp_path, "--resume", **quick | {"training__steps": 3})
     assert set(before) < set(load_training_state(output / "last")["fingerprint"])
     values = data_settings(output)
     for key in (
@@ -171,16 +172,16 @@ def test_the_summary_of_a_long_episode_looks_at_few_frames(sample_bags: Path, tm
 
 def test_a_signal_during_the_summary_ends_it(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
     """Exit 75: all is saved but the summary, which --resume makes; nothing half-made is left."""
-    predict = validation.predict
+    predict, quick = validation.predict, {"training__steps": 2, "training__val_fraction": 0}
     with monkeypatch.context() as patch:
         patch.setattr(validation, "predict", lambda *a: (signal.raise_signal(signal.SIGTERM), predict(*a))[1])
-        assert train.main(arguments(sample_bags, tmp_path, training__steps=2)) == 75
+        assert train.main(arguments(sample_bags, tmp_path, **quick)) == 75
     error = capsys.readouterr().err
     assert "stopped by SIGTERM during the summary; the training is complete and saved, --resume sums it up" in error
     output = tmp_path / "run"
     assert (output / STOP_MARKER).exists() and not list(output.glob("summary.*"))
     assert load_training_state(output / "last")["step"] == 2
-    run(sample_bags, tmp_path, "--resume", training__steps=2)
+    run(sample_bags, tmp_path, "--resume", **quick)
     assert (output / "summary.json").exists() and (output / "summary.png").exists()
 
 
