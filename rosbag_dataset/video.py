@@ -165,7 +165,13 @@ class VideoDecoder:
                 "record it without B frames"
             )
         self._shown.append(number)
-        return self._times_ns[number], picture.to_ndarray(format="rgb24")
+        try:
+            return self._times_ns[number], picture.to_ndarray(format="rgb24")
+        except _ffmpeg_error() as error:
+            raise BagError(
+                f"{where}: ffmpeg cannot turn {picture.format.name} of colour space {int(picture.colorspace)} into "
+                "RGB; record it again, or leave it out with data.on_bad_bag: skip"
+            ) from error
 
     def _check_size(self, where: str) -> None:
         """Say that a picture is too large; far too large a one ffmpeg has refused before it made room for it."""

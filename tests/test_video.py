@@ -212,15 +212,25 @@ def test_two_codecs_on_one_topic(tmp_path):
     assert "message 2: its video is 'av1', that before it 'h264'" in error_of(lambda: read(tmp_path / "bags"))
 
 
+def one_picture(width=WIDTH, **options):
+    """An H.264 packet of a black picture."""
+    context = av.CodecContext.create("libx264", "w")
+    context.width, context.height, context.pix_fmt, context.time_base = width, HEIGHT, "yuv420p", Fraction(1, 30)
+    context.options = CODECS["h264"][1] | options
+    frame = av.VideoFrame.from_ndarray(np.zeros((HEIGHT, width, 3), np.uint8), format="rgb24")
+    return b"".join(bytes(packet) for packet in (*context.encode(frame), *context.encode(None)))
+
+
 def test_a_video_that_changes_its_size(tmp_path):
     """As of any other images: a batch has one size."""
-    context = av.CodecContext.create("libx264", "w")
-    context.width, context.height, context.pix_fmt, context.time_base = 128, 64, "yuv420p", Fraction(1, 30)
-    context.options = CODECS["h264"][1]
-    frame = av.VideoFrame.from_ndarray(np.zeros((64, 128, 3), np.uint8), format="rgb24")
-    wider = [bytes(packet) for packet in (*context.encode(frame), *context.encode(None))]
-    video_bag(tmp_path / "bags" / "a", "h264", [*packets_of("h264")[:2], *wider])
+    video_bag(tmp_path / "bags" / "a", "h264", [*packets_of("h264")[:2], one_picture(128)])
     assert "from 64x96 to 64x128 (HxW)" in error_of(lambda: read(tmp_path / "bags"))
+
+
+def test_a_video_of_colours_that_ffmpeg_cannot_convert(tmp_path):
+    """One line."""
+    video_bag(tmp_path / "bags" / "a", "h264", [one_picture(**{"x264-params": "colormatrix=YCgCo"})])
+    assert "ffmpeg cannot turn yuv420p of colour space 8 into RGB" in error_of(lambda: read(tmp_path / "bags"))
 
 
 def test_without_av(tmp_path, monkeypatch):
