@@ -79,13 +79,6 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
                 f"note: {bag} is a copy of {report['copy_of']}: both are kept on the same side of the "
                 "training/validation split; delete one"
             )
-        for camera, ms in report["late_ms"].items():
-            if abs(ms) > NOTED_LATE_MS:
-                lines.append(
-                    f"note: {report['episode']}: by header stamps, pictures of camera {camera} are {abs(ms):.0f} ms "
-                    f"{'older' if ms > 0 else 'newer'} than the joints that were received with them, in the median; "
-                    "data.time_source: header pairs them by their stamps"
-                )
         for camera, found in report["picture_faults"].items():
             kinds = ", ".join(
                 f"{fault['count']} {kind}{' while the arm moves' * (kind == 'frozen')} ({fault['first_s']:.1f} to "
@@ -121,6 +114,16 @@ def sync_table(sync_reports: Sequence[dict[str, Any]], limit: int = 40) -> str:
             f"the joints lag their commands by {np.median(lags):.3f} s (median of {len(lags)} episodes; "
             f"{min(lags):.3f} to {max(lags):.3f} s)"
         )
+    for camera in sorted({camera for report in sync_reports for camera in report["late_ms"]}):
+        late_ms = [report["late_ms"][camera] for report in sync_reports if camera in report["late_ms"]]
+        noted_ms = [ms for ms in late_ms if abs(ms) > NOTED_LATE_MS]
+        if noted_ms:
+            most_ms = max(noted_ms, key=abs)
+            lines.append(
+                f"note: camera {camera}: by header stamps, its pictures are up to {abs(most_ms):.0f} ms "
+                f"{'older' if most_ms > 0 else 'newer'} than the joints that were received with them (a median), in "
+                f"{len(noted_ms)} of {len(sync_reports)} episodes; data.time_source: header pairs them by their stamps"
+            )
     if ignored := sum(report["ignored_joint_messages"] for report in sync_reports):
         count = sum(report["ignored_joint_messages"] > 0 for report in sync_reports)
         lines.append(

@@ -120,8 +120,8 @@ def test_a_camera_that_is_late(tmp_path, capsys):
     """Header stamps against receive times, beside the joints': said with the setting that heals it, which does."""
     late_bag(tmp_path / "bags" / "a", 250)
     assert main([str(tmp_path / "bags")]) == 0
-    said = "note: a: by header stamps, pictures of camera color are 248 ms older than the joints"
-    assert said in (out := capsys.readouterr().out) and "data.time_source: header pairs them" in out
+    said = "note: camera color: by header stamps, its pictures are up to 248 ms older than the joints"
+    assert said in (out := capsys.readouterr().out) and "in 1 of 1 episodes; data.time_source: header pairs" in out
     for _ in ("decoded", "from the cache"):
         ((late,), _) = load(settings(tmp_path / "bags"))
         assert late.sync_report["late_ms"] == {"color": 248.0} and said in sync_table([late.sync_report])
