@@ -81,12 +81,15 @@ def check(dataset: Path, cfg: Config) -> None:
 
 
 def check_held_out(bags: Path, cfg: Config) -> None:
-    """End with one line if the training would hold out none of these recordings."""
+    """End with one line if the training would hold out none of these recordings.
+
+    What it holds out of recordings that are cut into episodes shows only when they are.
+    """
     try:
         count = len(find_bags(bags))
     except BagError as error:
         die(error)
-    if not (cfg.training.val_fraction > 0 and count >= 5):
+    if cfg.training.val_fraction == 0 or (count < 5 and cfg.data.episodes == "bag"):
         die(
             "the evaluation needs recordings that the training holds out: found training.val_fraction "
             f"{cfg.training.val_fraction:g} and {count} recordings, expected more than 0 and at least 5; or give "

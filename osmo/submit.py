@@ -308,9 +308,11 @@ def inspect(folder: Path, configs: Sequence[Config], evaluated: bool) -> list[Ba
         print(sync_table([episode.sync_report for episode in episodes]))
         for note in left_out_notes(left_out):
             print(f"note: {note}")
-        _, held_out = split_episodes(episodes, config.training.val_fraction, config.training.seed)
+        training = config.training
+        _, held_out = split_episodes(episodes, training.val_fraction, training.seed, training.hold_out)
         print(f"held out: {', '.join(episode.name for episode in held_out) or 'none'}", flush=True)
-        if evaluated and not (held_out and len(bags) >= 5):  # of fewer, train-entrypoint.sh cannot tell
+        enough = len(bags) >= 5 or settings.episodes != "bag"  # of fewer, train-entrypoint.sh cannot tell
+        if evaluated and not (held_out and enough):
             raise SubmitError(
                 f"bags: {folder}: found {len(bags)} recordings, of which the training holds {len(held_out)} out, "
                 "expected at least 5 and 1 to evaluate; add some, raise training.val_fraction, or give eval_dataset"

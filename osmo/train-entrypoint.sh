@@ -105,7 +105,7 @@ done
 [[ ${wandb,,} != true || -n ${WANDB_API_KEY:-} || ${WANDB_MODE:-} == @(offline|disabled|dryrun) ]] ||
   die "wandb.enabled: true, but there is no key (WANDB_API_KEY): submit osmo-workflow-wandb.yaml, or the sweep with" \
     "wandb=true, which take it from the credential wandb"
-[[ -z $held_out || ";$differs" != *";training."@(seed|val_fraction)=* ]] ||
+[[ -z $held_out || ";$differs" != *";"@(training.@(seed|val_fraction|hold_out)|data.@(episode*|keep_failures|min_episode_s))=* ]] ||
   die "sweep: $differs: each run would hold out other recordings, and there would be none to compare them on; leave it" \
     "out of the grid, or give eval_dataset, or compare=false"
 [[ -z $check ]] || exit 0

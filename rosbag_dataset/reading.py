@@ -57,8 +57,10 @@ class Samples:
     held: bool  # bool or integer: each counts until the next one comes
 
     def between(self, begin_ns: int, end_ns: int) -> Samples:
-        """Those of begin_ns <= t < end_ns."""
+        """Those of begin_ns <= t < end_ns; of held values also the one that holds at begin_ns."""
         inside = (begin_ns <= self.time_ns) & (self.time_ns < end_ns)
+        if self.held and (before := self.time_ns < begin_ns).any():
+            inside |= before & (self.time_ns == self.time_ns[before].max())
         return Samples(self.time_ns[inside], self.value[inside], self.held)
 
 

@@ -15,6 +15,7 @@ from ur10e_deploy.policy_runner import PolicyRunner
 
 import train
 from rosbag_dataset import ChunkDataset, cache, compute_stats, find_bags, inspection, load_episodes, no_motion, read_bag
+from rosbag_dataset.reading import Samples
 from tests.bags import (
     T0_NS,
     clock,
@@ -417,3 +418,11 @@ def test_states_are_part_of_what_a_run_is():
     for was, now in ((one, other), (plain, one), (one, plain)):
         assert [line.split(" ")[0] for line in identity.differences(was, now)] == ["data.state_topics"]
     assert identity.differences(plain, fingerprint(observed_only=["elbow_joint"]))[0].startswith("data.observed_only")
+
+
+@pytest.mark.parametrize(("held", "times_ns"), [(True, [10, 20]), (False, [20])])
+def test_a_part_of_a_recording_knows_what_held_at_its_beginning(held: bool, times_ns: list[int]):
+    """A switch that was last said before an episode began holds in it; of what is interpolated nothing lies before."""
+    samples = Samples(np.array([0, 10, 20, 30]), np.array([0.0, 1.0, 2.0, 3.0]), held)
+    part = samples.between(12, 30)
+    assert part.time_ns.tolist() == times_ns and part.value.tolist() == [time / 10 for time in times_ns]
