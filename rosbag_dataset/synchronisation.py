@@ -164,12 +164,17 @@ def synchronise(
     near = np.all([o <= settings.max_offset_ms for o in offset_ms.values()], axis=0)
     joints_whole = near & ~np.any([_in_gap(s, ticks, settings) for s in joint_streams], axis=0)
     whole = joints_whole & ~np.any([np.zeros_like(near), *(_in_gap(s, ticks, settings) for s in other_streams)], axis=0)
+    # Which max_offset_ms would do for each tick, and so for nearly all.
+    gaps_ms = [_gap_ms(s, ticks, settings) for s in (*joint_streams, *other_streams)]
+    needed_ms = np.max([*offset_ms.values(), *(gap_ms / 2 for gap_ms in gaps_ms)], axis=0)
+    keeps_95_percent_ms = math.ceil(np.quantile(needed_ms, 0.95))
     if not whole.any():
         worst = ", ".join(f"{t} {np.median(o):.1f} ms" for t, o in offset_ms.items())
         states = "joints and states" if other_streams else "joints"
         raise BagError(
             f"{name}: no frame has every topic within data.max_offset_ms {settings.max_offset_ms:g} (and {states} on "
-            f"both sides, at most twice that apart); median offsets: {worst}"
+            f"both sides, at most twice that apart); median offsets: {worst}; data.max_offset_ms: "
+            f"{keeps_95_percent_ms} would keep 95% of the frames"
         )
     fastest, jumps = _fast_steps(joint_streams, begin, end, settings)
     steady = whole & ~_at_jumps(jumps, ticks)
@@ -209,10 +214,6 @@ def synchronise(
     image_index = {c: camera_order[c][i[kept]] for c, i in index.items()}
     image_age_s = {c: (ticks[kept] - camera_ns[c][i[kept]]) / 1e9 for c, i in index.items()}
 
-    # Which max_offset_ms would do for a tick.
-    gaps_ms = [_gap_ms(s, ticks, settings) for s in (*joint_streams, *other_streams)]
-    needed_ms = np.max([*offset_ms.values(), *(gap_ms / 2 for gap_ms in gaps_ms)], axis=0)
-
     sync_report = {
         "episode": name,
         "duration_s": round(max(0, end - begin) / 1e9, 3),
@@ -244,7 +245,7 @@ def synchronise(
         "dropped_packets": {
             c: {"before_keyframe": before, "later": later} for c, (before, later) in recording.dropped_packets.items()
         },
-        "max_offset_ms_that_keeps_95_percent": math.ceil(np.quantile(needed_ms, 0.95)),
+        "max_offset_ms_that_keeps_95_percent": keeps_95_percent_ms,
         "segments": len(segments),
         "frames_without_action": 0 if settings.commanded.all() else len(segments),
         "repeated_images": {

@@ -699,11 +699,13 @@ def test_positions_in_degrees(wrong):
 
 
 def test_no_frame_within_the_offset():
-    """Topics that overlap but never come near each other: the offsets are said."""
+    """Topics that overlap but never come near each other: the offsets are said, and one that would do."""
     take = make_take(seconds=2.0, joint_hz=2)
     sparse = dataclasses.replace(take, camera_ns=take.camera_ns[::20] + 100_000_000, images=take.images[::20])
     message = error_of(lambda: sync(sparse, max_offset_ms=1, fps=1.5))
     assert "data.max_offset_ms 1" in message and JOINT_TOPIC in message and "ms" in message
+    enough_ms = int(re.search(r"data.max_offset_ms: (\d+) would keep 95% of the frames", message)[1])
+    assert sync(sparse, max_offset_ms=enough_ms, fps=1.5).sync_report["dropped"] == 0
 
 
 def test_still_robot_is_refused():
