@@ -57,6 +57,9 @@ PERCENTILES = "test_deploy_policy.py::test_percentiles_are_observed_values"
 SCORES = "test_run_dir.py::test_a_checkpoint_that_was_never_written_is_not_the_best"
 TURNS = "test_statistics.py::test_a_pose_near_pi_has_one_target_and_its_motion_is_visible"
 COMMANDS = "test_deploy_policy.py::test_an_absolute_action_is_commanded_where_the_joint_is"
+TAG = "test_osmo_submit.py::test_the_name_of_bags_is_what_they_hold"
+UPLOADED = "test_osmo_submit.py::test_bags_are_uploaded_once[storage_url]"
+INSPECTED = "test_osmo_submit.py::test_bags_that_training_would_refuse_are_not_uploaded"
 FOLLOW = "test_rollout.py::test_commands_follow_deltas_from_the_last_command_and_absolutes_as_they_are"
 ATTEMPTS = "test_osmo_ends.py::test_out_of_memory_twice_in_a_row_is_the_end"
 GAPS = "test_cutting.py::test_gaps_separate_where_the_recorder_paused[mcap]"
@@ -567,6 +570,23 @@ MUTANTS = [
            "test_osmo_ends.py::test_each_checkpoint_is_sent_once_and_removed_with_the_runs"),
     Mutant("osmo: a newer checkpoint of another attempt is removed", "osmo/uploads.py", "if steps[folder] <= newest",
            "if True", "test_osmo_ends.py::test_what_earlier_attempts_left_goes_when_it_is_old"),
+    # Submitting to OSMO, and comparing what comes out.
+    Mutant("submit: recordings are known by their first bytes", "osmo/submit.py",
+           "while block := stream.read(1 << 20):", "if block := stream.read(1 << 10):", TAG),
+    Mutant("submit: what is there in part is not uploaded", "osmo/submit.py",
+           "return self._names <= there", "return bool(self._names & there)", UPLOADED),
+    Mutant("submit: the bags are read with the default settings", "osmo/submit.py",
+           "dataclasses.replace(bag_settings(config), bag_dir=folder)",
+           "dataclasses.replace(bag_settings(Config()), bag_dir=folder)", INSPECTED),
+    Mutant("submit: the file wins over the words", "osmo/submit.py",
+           "        given[key] = value\n    overrides", "        given.setdefault(key, value)\n    overrides",
+           "test_osmo_submit.py::test_a_word_wins_over_the_file"),
+    Mutant("submit: --set changes a value", "osmo/submit.py",
+           "return str(_typed(text)) != text", "return False",
+           "test_osmo_submit.py::test_values_arrive_as_they_are_typed"),
+    Mutant("submit: a gate is about the worst run", "deploy/ur10e_deploy/compare.py",
+           "best = groups[0][0]", "best = groups[0][-1]",
+           "test_deploy_eval.py::test_a_gate_of_a_comparison_is_about_the_best"),
 ]  # fmt: skip
 
 

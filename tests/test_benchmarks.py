@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 import train
-from benchmarks import common, run, versus_lerobot
+from benchmarks import common, decode_once, run, versus_lerobot
 from rosbag_dataset import load_episodes
 from tests import tiny
 from tests.lerobot_044 import launch
@@ -314,3 +315,14 @@ def test_refusals(tmp_path: Path, sample_bags: Path, capsys: pytest.CaptureFixtu
             status = exited.code
         errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert status in (1, 2) and len(errors) == 1 and expected in errors[0], (extra, errors)
+
+
+def test_decoding_once(bag_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run waits longer, and nodes are saved where transfers are quicker than decoding; the table is of real bags."""
+    each, once = decode_once.costs_s(decode_s=10, transfer_s=2, arms=6).values()
+    assert each == (10, 60) and once == (14, 24)
+    slow = decode_once.costs_s(decode_s=10, transfer_s=20, arms=6)["one decodes"]
+    assert slow == (50, 150)
+    decode_once.main([str(bag_dir)])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"2 bags of \d+ MB: \d+ frames decoded in ", lines[0]) and len(lines) == 7
