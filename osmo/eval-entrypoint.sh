@@ -58,7 +58,7 @@ while (($#)); do
     --max-mae | --max-p99-ms) pattern=$number expected='a number' ;;
     --start-frame) pattern='[0-9]+' expected='a whole number' ;;
     --num-steps) pattern='0*[1-9][0-9]*' expected='a whole number of at least 1' ;;
-    --backend) pattern='(auto|lerobot|native)' expected='auto, lerobot or native' ;;
+    --backend) pattern='(auto|lerobot|native|onnx)' expected='auto, lerobot, native or onnx' ;;
     --mode) pattern='(auto|chunk|every-step|ensemble)' expected='auto, chunk, every-step or ensemble' ;;
     *) die "eval_args: found $1, expected --rollout, --max-mae=X, --max-p99-ms=X, --start-frame=N, --num-steps=N," \
       "--backend=NAME, --mode=NAME" ;;

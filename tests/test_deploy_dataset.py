@@ -366,10 +366,12 @@ def test_an_absent_video_is_an_error_of_its_own_kind(joined: Path) -> None:
 
 def test_the_converter_is_that_of_the_installed_lerobot(monkeypatch: pytest.MonkeyPatch) -> None:
     """It moved: 0.4 and 0.6 have it in different places, and without either the hint is 0.4's."""
-    assert lerobot_dataset._converter() == lerobot_dataset.CONVERTERS[0]
+    assert f"python -m {lerobot_dataset.CONVERTERS[0]} --repo-id=b --root=/a" in lerobot_dataset._conversion(
+        Path("/a/b")
+    )
     there = lerobot_dataset.CONVERTERS[1]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == there else None)
-    assert lerobot_dataset._converter() == there
+    assert f"python -m {there} " in lerobot_dataset._conversion(Path("/a/b"))
 
 
 def test_a_declared_codec_that_is_not_the_files_is_said(written: Path) -> None:

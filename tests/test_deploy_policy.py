@@ -558,7 +558,7 @@ def test_every_step_on_recordings_that_begin_at_rest_is_warned_about(exchange: P
     [
         ({"device": "mps"}, r"device mps: not available on this machine \(found .*cpu\)"),
         ({"device": "tpu"}, "device is 'tpu'; expected one of auto, cpu, cuda, mps"),
-        ({"backend": "onnx"}, "backend is 'onnx'"),
+        ({"backend": "tensorrt"}, "backend is 'tensorrt'"),
         ({"mode": "fast"}, "mode is 'fast'"),
     ],
 )

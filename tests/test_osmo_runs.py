@@ -366,17 +366,17 @@ def test_an_evaluation_dataset_that_does_not_fit_is_refused(
     ],
 )
 def test_without_held_out_recordings_nothing_is_trained_for_an_evaluation(
-    recordings: int, fraction: float, message: str, sample_bags: Path, entry_check, tmp_path: Path,
+    recordings: int, fraction: float, message: str, sample_bags: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    """The evaluation would find that out, after the training. (The script's own Python, as above.)"""
+    """The evaluation would find that out, after the training. (check_settings.py alone, as above.)"""
     for number in range(recordings):
         shutil.copytree(sample_bags / f"episode_{number:03d}", tmp_path / f"dataset/local_bags/episode_{number:03d}")
     words = [a for a in task(EVAL, training__val_fraction=fraction)["args"] if a.startswith("--override=")]
     config = f"--config={WORKFLOWS / 'osmo-config.yaml'}"
     monkeypatch.setattr("sys.argv", ["-", "", str(tmp_path / "dataset"), "python", "train.py", config, *words])
     with pytest.raises(SystemExit) as end:
-        exec(entry_check, {"__name__": "__main__"})  # noqa: S102 - our own script
+        runpy.run_path(str(WORKFLOWS / "check_settings.py"), run_name="__main__")
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 1 and line.startswith("error: ") and message in line
 

@@ -108,7 +108,6 @@ class LeRobotDatasetSource:
     def _check_version(self) -> None:
         version = self._info.get("codebase_version")
         meta, folder = self.root / "meta", self.root.resolve()
-        convert = f"python -m {_converter()} --repo-id={folder.name} --root={folder.parent} --push-to-hub=false"
         joined = (meta / "episodes").is_dir() or "{file_index" in str(self._info.get("data_path"))
         if not isinstance(version, str) or not version.startswith("v3."):
             if joined:
@@ -118,13 +117,13 @@ class LeRobotDatasetSource:
                 )
             raise SourceError(
                 f"{self._info_file}: codebase_version is {version!r}, expected 'v3.0'; LeRobot 0.4 converts v2.1 in "
-                f"place and keeps the old: {convert}"
+                f"place and keeps the old: {_conversion(folder)}"
             )
         if not joined:
             raise SourceError(
                 f"{self._info_file}: codebase_version is {version!r}, but meta/episodes/ is absent"
                 + (" and meta/episodes.jsonl is there, as in v2.1" if (meta / "episodes.jsonl").exists() else "")
-                + f"; copy the dataset again, or set codebase_version to 'v2.1' and convert it: {convert}"
+                + f"; copy the dataset again, or set codebase_version to 'v2.1' and convert it: {_conversion(folder)}"
             )
         if version != "v3.0":
             self.notes.append(f"{self._info_file}: codebase_version is {version}; read as v3.0")
@@ -599,13 +598,18 @@ def _codec(name: str) -> str:
         return name
 
 
-def _converter() -> str:
-    """The module that converts v2.1 datasets, of the LeRobot that is installed; that of 0.4 if there is none."""
+def _conversion(folder: Path) -> str:
+    """The command that converts a v2.1 dataset, of the LeRobot that is installed; that of 0.4 if there is none.
+
+    Looking imports LeRobot: only for an error.
+    """
+    there = CONVERTERS[0]
     for name in CONVERTERS:
         with contextlib.suppress(Exception):  # a package above it that is not there, or fails to import
             if importlib.util.find_spec(name):
-                return name
-    return CONVERTERS[0]
+                there = name
+                break
+    return f"python -m {there} --repo-id={folder.name} --root={folder.parent} --push-to-hub=false"
 
 
 @contextlib.contextmanager
