@@ -678,9 +678,9 @@ ARGUMENTS = {
         "eval_args: --num-steps=0: found '0', expected a whole number of",
     ),
     "another backend": (
-        [*DIRECTORIES, "--backend", "onnx"],
+        [*DIRECTORIES, "--backend", "tensorrt"],
         {},
-        "eval_args: --backend: found 'onnx', expected auto, le",
+        "eval_args: --backend: found 'tensorrt', expected auto, le",
     ),
     "a second word": ([*DIRECTORIES, "--rollout", "1"], {}, "eval_args: found 1, expected --rollout"),
     "an episode twice": (DIRECTORIES, {"EVAL_EPISODES": "1 01"}, "EVAL_EPISODES: found 01 twice, expected each"),
