@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lerobot_checkpoint import list_checkpoints, verify_checkpoint
+from lerobot_checkpoint import file_sha256, list_checkpoints, verify_checkpoint
 from tests.once import once
 from tests.osmo_cluster import calls, install
 from tests.osmo_spec import GUIDE
@@ -85,6 +85,7 @@ def test_one_more_leads_to_a_comparison(followed: Path):
         contract = json.loads(path.read_text())
         assert contract["config"]["training"]["kl_weight"] == kl_weight
         summary = json.loads((results / arm / "summary.json").read_text())
+        assert summary["policy"]["weights_sha256"] == file_sha256(path.with_name("model.safetensors")), "another arm's"
         assert [episode["name"] for episode in summary["episodes"]] == contract["held_out_episodes"] != []
         assert (results / arm / "report.html").exists()
 
