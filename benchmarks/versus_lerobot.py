@@ -317,6 +317,13 @@ def inference(options: argparse.Namespace) -> None:
     observation = common.random_observation(cfg, size)
     np.savez(folder / "input.npz", **{key: value.numpy() for key, value in observation.items()})
     observation = {key: value.to(device) for key, value in observation.items()}
+    try:
+        onnx, seen = (
+            runtimes.OnnxPolicy(runtimes.to_onnx(policy, {})),
+            runtimes.inputs_of(policy, np.random.default_rng(0)),
+        )
+    except runtimes.ExportError as error:
+        raise BenchmarkError(f"inference: {error}") from None
     command = [lerobot.python, SIDE, "infer", policy.path, folder / "input.npz", folder / "output.npz", device.type]
     with (
         (folder / "log").open("w") as log,
@@ -340,11 +347,6 @@ def inference(options: argparse.Namespace) -> None:
         def ours() -> list[float]:
             work = lambda: policy.predict_chunk(observation).cpu()  # noqa: E731
             return [1e3 * common.seconds(work) for _ in range(INFERENCES)]
-
-        onnx, seen = (
-            runtimes.OnnxPolicy(runtimes.to_onnx(policy, {})),
-            runtimes.inputs_of(policy, np.random.default_rng(0)),
-        )
 
         def with_onnx() -> list[float]:
             return [1e3 * common.seconds(lambda: onnx(*seen)) for _ in range(INFERENCES)]

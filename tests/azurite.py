@@ -32,6 +32,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait_until_it_listens(port: int, timeout_s: float, log: Path) -> None:
+    """Raises RuntimeError, with the end of what the server wrote, when nobody listens there in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"nobody listens on port {port}: {log.read_text()[-2000:]}")
+
+
 class Azurite:
     """The server as a context manager; `endpoint` is what AZURE_BLOB_ENDPOINT takes."""
 
@@ -47,12 +58,8 @@ class Azurite:
         log = (self._folder / "server.log").open("wb")
         environment = {**os.environ, "AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"}
         self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, env=environment)
-        for _ in range(150):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
-            time.sleep(0.1)
-        raise RuntimeError(f"azurite does not listen: {(self._folder / 'server.log').read_text()}")
+        wait_until_it_listens(self.port, 15.0, self._folder / "server.log")
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self.stop()

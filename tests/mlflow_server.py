@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-from tests.azurite import ROOT, free_port
+from tests.azurite import ROOT, free_port, wait_until_it_listens
 
 PYTHON = ROOT / ".venv-mlflow" / "bin" / "python"
 EXPERIMENT = "ur10e-act-train"
@@ -53,13 +51,11 @@ class MlflowServer:
         self._process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True
         )
-        for _ in range(1500):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.1)
-        self.stop()
-        raise RuntimeError(f"the MLflow server does not listen: {(self._folder / 'server.log').read_text()[-2000:]}")
+        try:
+            wait_until_it_listens(self.port, 150.0, self._folder / "server.log")
+        except RuntimeError:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End it and its workers at once, as a network that goes away."""

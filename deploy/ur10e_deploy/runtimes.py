@@ -119,7 +119,6 @@ class OnnxPolicy:
             self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen kinds
             raise ExportError(f"onnxruntime does not run it ({error})") from None
-        self.contract = json.loads(self._session.get_modelmeta().custom_metadata_map[CONTRACT])
 
     def __call__(self, state: np.ndarray, images: Mapping[str, np.ndarray]) -> np.ndarray:
         """(chunk, A) float32 for a state (S,) float32 and images, camera -> (H, W, 3) uint8."""
