@@ -105,6 +105,18 @@ def test_gaps_separate_where_the_recorder_paused(tmp_path, storage):
     assert load(settings(tmp_path / "bags", episodes="gaps", episode_pause_s=2.0))[0][0].name == "a@00000.000s"
 
 
+def test_a_pause_between_episodes_is_no_loss_and_one_camera_that_dies_is(tmp_path):
+    """data.min_used_share is a matter of each part: a recorder that was paused for most of the time loses nothing, and
+    a part of which little can be used is left out, with the reason."""
+    take = without(session(pauses=((3.0, 9.0),)), camera=(0.5, 3.0))
+    write_bag(tmp_path / "bags" / "a", take.messages())
+    wanted = settings(tmp_path / "bags", episodes="gaps", episode_pause_s=4.0, min_used_share=0.6)
+    episodes, left_out = load(wanted)
+    assert names(episodes) == ["a@00009.000s"]
+    (gone,) = left_out
+    assert gone["episode"] == "a@00000.000s" and "data.min_used_share 0.6" in gone["why"]
+
+
 @both_storages
 def test_rests_separate(tmp_path, storage):
     """An episode begins with the motion and ends with the limit's length of rest, or with what rest there is; the limit
