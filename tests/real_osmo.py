@@ -62,7 +62,7 @@ VARIANTS = {  # beside the guides' commands; each with datasets and with a stora
         [],
         ["eval_dataset=ur10e-eval-dataset", "eval_args=--rollout --max-mae=0.002", "eval_episodes=0 1"],
     ),
-    "osmo-workflow-wandb.yaml": ([], ["mlflow_uri=https://mlflow.example.com", "mlflow_credential=wandb"]),
+    "osmo-workflow-wandb.yaml": ([], ["mlflow_uri=https://mlflow.example.com", "mlflow_credential=mlflow"]),
 }
 SUBMIT = [  # what osmo/submit.py calls beside `osmo workflow`
     ["osmo", "pool", "list"],
