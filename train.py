@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +47,6 @@ from rosbag_dataset import (
     compute_stats,
     data_notes,
     load_episodes,
-    refer_angles,
     settings_from,
 )
 from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
@@ -318,18 +316,12 @@ class Trainer:
         """Bags to episodes (once per node), samples, statistics; split as in `was`, a resumed run's fingerprint."""
         cfg, world, bags = self.cfg, self.world, bag_settings(self.cfg)
         self.say(f"reading bags in {bags.bag_dir}", flush=True)
-        load = functools.partial(load_episodes, bags, progress=world.local_rank == 0)
-        self.episodes, self.skipped = world.first_on_each_node(load, "decoding bags")
-        split = identity.split(self.episodes, cfg.training, was)
-        self.train_episodes, self.held_out = split
-        reference_rad = identity.angle_reference(self.train_episodes, bags, was)
-        for episode in self.episodes:
-            refer_angles(episode, np.array(reference_rad), bags)
-        self.stats, floored = compute_stats(self.train_episodes, cfg.data.image_stats, cfg.model.chunk_size)
+        reference_rad, floored = world.first_on_each_node(lambda: self._read_bags(bags, was), "decoding bags")
+        split = self.train_episodes, self.held_out
         self.frames = self._frames_on_device()
         self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
-        self.fingerprint = identity.fingerprint(self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
+        self.fingerprint = identity.fingerprint(was, self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
         # Once, at the start: it hashes the code that runs.
         self.contract = identity.robot_contract(self.settings, bags, reference_rad, *split)
         identity.check_same_on_all_ranks(self.fingerprint, world)
@@ -337,6 +329,14 @@ class Trainer:
             summary.report_sync(self.output_dir, self.episodes, self.skipped, self.held_out)
             for line in [*floored, *data_notes(self.episodes, cfg.model.chunk_size, bags)]:
                 print(f"note: {line}")
+
+    def _read_bags(self, bags: BagSettings, was: dict[str, Any] | None) -> tuple[list[float], list[str]]:
+        """What takes long once: the cache keeps it for this node's other ranks. -> (angle references, notes)."""
+        self.episodes, self.skipped = load_episodes(bags, progress=self.world.local_rank == 0)
+        self.train_episodes, self.held_out = identity.split(self.episodes, self.cfg.training, was)
+        reference_rad = identity.angle_reference(self.train_episodes, self.held_out, bags, was)
+        self.stats, floored = compute_stats(self.train_episodes, self.cfg.data.image_stats, self.cfg.model.chunk_size)
+        return reference_rad, floored
 
     def _frames_on_device(self) -> feed.DeviceFrames | None:
         if self.cfg.data.frames_on_device == "never":
@@ -433,8 +433,9 @@ class Trainer:
             ids = [world.local_rank] if world.device.type == "cuda" else None
             self.ddp = DistributedDataParallel(self.model, device_ids=ids)
         self.stream = feed.SampleStream(
-            len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen
-        )
+            len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen,
+            identity.sample_order(self.fingerprint),
+        )  # fmt: skip
         self.model.train()
         return feed.make_loader(self.dataset, self.stream, training.num_workers, world.device)
 

@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from tests.tiny import assert_same_run, run, trainer
-from training import feed
+from training import feed, identity
 from training.feed import SampleStream
 
+ORDER_3 = [6, 9, 1, 3, 2, 7, 0, 4, 5, 8]
 
-def test_every_epoch_is_a_permutation_of_its_own():
-    """N samples in a row are each sample once; the next N are another order."""
-    stream = iter(SampleStream(10, 5, rank=0, world_size=1, seed=3))
-    epochs = [next(stream) + next(stream) for _ in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+
+orders = pytest.mark.parametrize("order", feed.ORDERS)
+
+
+@orders
+@pytest.mark.parametrize("n_samples", [1, 2, 10, 16, 17, 5000])
+def test_every_epoch_is_a_permutation_of_its_own(n_samples: int, order: int):
+    """N samples in a row are each sample once; the next N are another order, and so are another seed's."""
+    streams = [iter(SampleStream(n_samples, n_samples, 0, 1, seed, order=order)) for seed in (3, 4)]
+    epochs = [next(streams[0]) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(n_samples)) for epoch in epochs)
+    if n_samples >= 10:  # else two may be equal by chance
+        assert epochs[0] != epochs[1] != epochs[2] and next(streams[1]) not in epochs[:1]
+
+
+def test_the_order_is_as_good_as_chance():
+    """Over 2000 epochs of 50 samples each sample is at each place equally often, and so is each at the next place after
+    each other one: chi-squared within five deviations of its mean, as torch.randperm's is."""
+    for order in feed.ORDERS.values():
+        permutations = order(50, seed=1)
+        epochs = np.array([[permutations.at(epoch, place) for place in range(50)] for epoch in range(2000)])
+        places, pairs = np.zeros((50, 50)), np.zeros((50, 50))
+        np.add.at(places, (np.arange(50), epochs), 1)
+        np.add.at(pairs, (epochs[:, :-1], epochs[:, 1:]), 1)
+        pairs = pairs[~np.eye(50, dtype=bool)]
+        for counts, free in ((places, 49 * 49), (pairs, 50 * 49 - 1)):
+            chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+            assert abs(chi_squared - free) < 5 * np.sqrt(2 * free), (order, chi_squared, free)
+
+
+def test_no_epoch_takes_memory():
+    """Of 50 million samples any place is there at once: no array of all of them, in no epoch."""
+    tracemalloc.start()
+    stream = SampleStream(50_000_000, 8, 0, 1, seed=0)
+    seen = [stream.at(position) for position in (0, 49_999_999, 50_000_000, 10**12)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000 and len(set(seen)) == 4 and max(seen) < 50_000_000
+
+
+def test_a_run_keeps_the_order_that_it_began_with():
+    """A checkpoint says which; from before it said any, or of the second version, it is torch.randperm's."""
+    said = {version: identity.sample_order({"sample order": version}) for version in (2, 3, 4)}
+    assert said == {2: 2, 3: 3, 4: 3} and identity.sample_order({}) == 2 and identity.sample_order(None) == 3
+    first = torch.randperm(10, generator=torch.Generator().manual_seed(5 + 1)).tolist()
+    assert next(iter(SampleStream(10, 10, 0, 1, seed=5, start=10, order=2))) == first
+    # To the letter: a new order is a new version.
+    assert next(iter(SampleStream(10, 10, 0, 1, seed=5, start=10, order=3))) == ORDER_3
 
 
 @pytest.mark.parametrize("n_samples", [7, 8, 100])

@@ -136,6 +136,7 @@ def test_a_run_from_before_the_split_by_hash_goes_on_with_its_own_split(sample_b
     with monkeypatch.context() as patch:
         patch.setattr(identity, "split_episodes", shuffled)
         patch.setattr(identity, "angle_references", lambda train: np.zeros(6))
+        patch.setattr(identity, "SAMPLE_ORDER", identity.RANDPERM_ORDER)
         unbroken = run(sample_bags, tmp_path / "a", **EVERY_STEP)
         patch.setattr(identity, "fingerprint", older)
         run(sample_bags, tmp_path / "b", **EVERY_STEP, training__steps=4)

@@ -406,7 +406,7 @@ def test_states_are_part_of_what_a_run_is():
 
     def fingerprint(**data):
         return identity.fingerprint(
-            dataclasses.asdict(train.Config(data=train.DataConfig(**data))), act, {}, [], [], []
+            None, dataclasses.asdict(train.Config(data=train.DataConfig(**data))), act, {}, [], [], []
         )
 
     act = train.act_config(train.Config())

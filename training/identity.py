@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from act_model import ACTConfig
@@ -28,6 +29,7 @@ from rosbag_dataset import (
     angle_references,
     cut_settings,
     divide,
+    refer_angles,
     split_episodes,
 )
 
@@ -42,7 +44,8 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 # Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
 # must not go on as if nothing had happened. 1: af889aa and older, which trained on frames in gaps of the joints too.
-SAMPLE_ORDER = 2
+# Up to 2 epochs were permuted by torch.randperm, and such runs go on so (feed.ORDERS); 3: by a Feistel network.
+RANDPERM_ORDER, SAMPLE_ORDER = 2, 3
 
 # What a fingerprint means that was made before it had these keys: one bag is one episode.
 BEFORE_CUTTING = {"data.episodes": "bag", "data.trim_still_s": None, "training.hold_out": "bag"}
@@ -78,19 +81,35 @@ def split(
     return divide(episodes, was["held-out episodes"])
 
 
-def angle_reference(train: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None) -> list[float]:
-    """S angles in rad around which joints are wrapped, 0 for states that are not.
+def angle_reference(
+    train: Sequence[Episode], held_out: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None
+) -> list[float]:
+    """S angles in rad around which joints are wrapped, 0 for states that are not; all episodes are then referred to it.
 
     As in the run with the fingerprint `was` that goes on (older ones, which have none, wrapped around 0), else from the
     training episodes.
     """
     if was is not None:
-        return was.get("angle_reference_rad", [0.0] * len(bags.state_names))
-    wrapped = bags.revolute & bags.wrap_angles
-    return [float(angle) if wrap else 0.0 for angle, wrap in zip(angle_references(train), wrapped, strict=True)]
+        reference_rad = was.get("angle_reference_rad", [0.0] * len(bags.state_names))
+    else:
+        wrapped = bags.revolute & bags.wrap_angles
+        angles = zip(angle_references(train), wrapped, strict=True)
+        reference_rad = [float(angle) if wrap else 0.0 for angle, wrap in angles]
+    reference = np.array(reference_rad)  # one for all episodes, as they are sent to a loader's worker
+    for episode in (*train, *held_out):
+        refer_angles(episode, reference, bags)
+    return reference_rad
+
+
+def sample_order(was: Mapping[str, Any] | None) -> int:
+    """The version of the order in which samples come: of a run with the fingerprint `was` that goes on, its own."""
+    if was is None:
+        return SAMPLE_ORDER
+    return RANDPERM_ORDER if was.get("sample order", 1) <= RANDPERM_ORDER else SAMPLE_ORDER
 
 
 def fingerprint(
+    was: Mapping[str, Any] | None,
     settings: Settings,
     act: ACTConfig,
     cameras: Mapping[str, str],
@@ -100,6 +119,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run: the network, and the samples in their order.
 
+    `was` is the fingerprint of the run that goes on, or None: its samples keep their order.
     Which episodes there are, and where each begins and ends, is in their names and hashes; the settings that cut
     recordings are there to name the cause.
     """
@@ -116,7 +136,7 @@ def fingerprint(
         "cameras": dict(cameras),
         "training.val_fraction": settings["training"]["val_fraction"],
         "training.hold_out": settings["training"]["hold_out"],
-        "sample order": SAMPLE_ORDER,
+        "sample order": sample_order(was),
         "angle_reference_rad": list(angle_reference_rad),
         "training.seed": settings["training"]["seed"],
         "training episodes": {e.name: e.content_hash for e in train},
@@ -178,8 +198,8 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def check_unchanged(was: dict[str, Any], now: dict[str, Any], episodes: Sequence[Episode], checkpoint: Path) -> None:
     """A run may only resume from a checkpoint with its own fingerprint.
 
-    One from before fingerprints had a sample order may go on where today's order is the same: where no frame lies in a
-    gap of the joints.
+    One from before fingerprints had a sample order may go on where today's samples are the same: where no frame lies in
+    a gap of the joints.
 
     Raises:
         CheckpointError: what differs, by name.

@@ -72,26 +72,35 @@ class World:
             dist.barrier()
 
     def first_on_each_node(self, work: Callable[[], Any], what: str) -> Any:
-        """Do `work` on every rank, but first on each node's local rank 0, which leaves the others nothing to do.
+        """Do `work` on every rank, but first on each node's local rank 0, which leaves the others little to do.
 
-        The other ranks begin when every node's first one is done. They wait by asking the store: no collective is
-        open that could time out, however long it takes.
+        The other ranks begin when every node's first one is done, and none goes on before all are. They wait by asking
+        the store: no collective is open that could time out, however long it takes.
 
         Raises:
             Stopped: a node was asked to stop before it was done.
         """
         if self.store is None:
             return work()
-        result = work() if self.local_rank == 0 else None
-        if self.local_rank == 0:
+        first = self.local_rank == 0
+        result = work() if first else None
+        if first:
             self.store.set(f"{what}-{self.node}", "done")
         else:
             print(f"rank {self.rank}: waiting while rank 0 of this node is {what}", flush=True)
-        while not self.store.check([f"{what}-{node}" for node in range(self.nodes)]):
+        self._wait_for([f"{what}-{node}" for node in range(self.nodes)])
+        result = result if first else work()
+        self.store.set(f"{what}-rank{self.rank}", "done")
+        self._wait_for([f"{what}-rank{rank}" for rank in range(self.size)])
+        return result
+
+    def _wait_for(self, keys: list[str]) -> None:
+        """Until the ranks' store has all of these keys. Raises Stopped."""
+        assert self.store is not None
+        while not self.store.check(keys):
             if self.store.check(["stopped"]):
                 raise Stopped("another rank before the first step; start again with the same command")
             time.sleep(0.2)
-        return result if self.local_rank == 0 else work()
 
     # Stopping and failing.
 
