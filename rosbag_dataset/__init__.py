@@ -8,10 +8,11 @@ The way of the data, with the room (module) that does each step:
                                                            commands, images.py and video.py pixels; faults.py
                                                            looks at these
     recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
-    entry -> episodes      cutting.py                      at every start: what is an episode (sidecar.py: as a person
-                                                           wrote it down); of each, by synchronisation.py: time grid,
-                                                           states, actions, segments
-    folder -> episodes     episodes.py                     all of the above for a folder; training/validation split
+    entry -> episodes      cutting.py                      what is an episode (sidecar.py: as a person wrote it down);
+                                                           of each, by synchronisation.py: time grid, states, actions,
+                                                           segments
+    folder -> episodes     episodes.py, warm.py            all of the above for a folder, kept on disk for the next
+                                                           start with these settings; training/validation split
     episode -> sample      samples.py                      at every step: state, images, a chunk of actions, padding
 
 Beside that way: settings.py (what to read, and how), config.py (YAML and overrides into any schema), statistics.py
@@ -21,8 +22,8 @@ DIR` looks at a folder and writes nothing), pruning.py (`... cache DIR` looks at
 listing.py (`... list DIR`: what has to arrive elsewhere).
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
-joint positions and further states. Synchronisation is cheap, so that changing `data.fps`, `max_offset_ms`,
-`wrap_angles` or `action_mode` never reads a bag again.
+joint positions and further states. Synchronisation is cheap, and kept beside it, so that changing `data.fps`,
+`max_offset_ms`, `wrap_angles` or `action_mode` never reads a bag again.
 
 The package knows bags, time and pixels; it knows no model, no checkpoint and no process group, and needs neither ROS
 nor torch. Imports among its rooms run one way (tests/test_imports.py). Other packages import what `__all__` names,

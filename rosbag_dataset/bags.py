@@ -6,11 +6,15 @@ Must not know: what is inside a storage file (storage.py), topics, the cache.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shlex
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ from .errors import BagError
 FAST_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+# How old a file's last change must be for its size and times to tell it from a later one: file systems keep times in
+# steps of up to 2 s.
+SETTLED_NS = 2_000_000_000
 STORAGE_ENDINGS = (".db3", ".mcap", ".db3.zstd", ".mcap.zstd")
 
 
@@ -63,7 +70,65 @@ class Bag:
         return digest.hexdigest()
 
 
-def find_bags(bag_dir: Path) -> list[Bag]:
+class KnownBags:
+    """What earlier starts found out about bags: they are not parsed and hashed again while their files are the same.
+
+    Files are the same while name, size, inode and the times of their last changes are; of these nobody sets the time of
+    the last change of the inode (ctime).
+
+    Args:
+        file: where it is kept, or None: nothing is remembered.
+    """
+
+    VERSION = 1
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file, self._asked_for, self._new = file, {}, False
+        self._known: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            content = json.loads(file.read_text()) if file else {}
+            self._known = content.get("bags", {}) if content.get("version") == self.VERSION else {}
+
+    def about(self, path: Path, files: Sequence[Path]) -> dict[str, Any]:
+        """What is known of `files`, which belong to the bag at `path`: a dict, to read from and to add to."""
+        try:
+            stats = sorted((file.name, file.stat()) for file in files)
+        except OSError:  # said by who opens it
+            return {}
+        stamp = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
+        name = f"{os.path.abspath(path)} {len(files)}"
+        known = self._known.get(name)
+        if known is None or known["stamp"] != stamp:
+            known = {"stamp": stamp}
+            if max((max(s.st_mtime_ns, s.st_ctime_ns) for _, s in stats), default=0) > time.time_ns() - SETTLED_NS:
+                return known
+            self._known[name], self._new = known, True
+        self._asked_for[name] = known
+        return known
+
+    def content_hash(self, bag: Bag) -> str:
+        """Bag.content_hash(). Raises OSError: a file cannot be read."""
+        about = self.about(bag.path, [*bag.files, *([bag.path / "metadata.yaml"] if bag.claimed is not None else [])])
+        if "sha256" not in about:
+            about["sha256"] = bag.content_hash()
+        return about["sha256"]
+
+    def save(self) -> None:
+        """Remember it all for the next start, if the disk lets us; it is what saves time, and no more."""
+        if not self._new or self._file is None:
+            return
+        everything = self._known | self._asked_for
+        if len(everything) > 4 * len(self._asked_for) + 10_000:  # of folders of bags that are long gone
+            everything = self._asked_for
+        partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps({"version": self.VERSION, "bags": everything}))
+            os.replace(partial, self._file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+def find_bags(bag_dir: Path, known: KnownBags | None = None) -> list[Bag]:
     """All bags below `bag_dir`, sorted by name: folders with a metadata.yaml, and bare storage files (also .zstd).
 
     Below a bag there may be others: a metadata.yaml that was left in a folder of bags does not hide them. Hidden names
@@ -90,7 +155,7 @@ def find_bags(bag_dir: Path) -> list[Bag]:
             continue
         seen.add(real)
         if "metadata.yaml" in files:
-            bags.append(_bag_folder(path, _episode_name(path, bag_dir)))
+            bags.append(_bag_folder(path, _episode_name(path, bag_dir), known or KnownBags()))
             continue
         for file in sorted(f for f in files if not f.startswith(".")):
             if file.endswith(STORAGE_ENDINGS):
@@ -150,7 +215,7 @@ def load_yaml(text: str, loader: type[Any] = PlainLoader) -> Any:
     return yaml.load(text, Loader=loader)
 
 
-def _bag_folder(path: Path, name: str) -> Bag:
+def _bag_folder(path: Path, name: str, known: KnownBags) -> Bag:
     """The bag in a folder with a metadata.yaml; what is wrong with it goes into the bag's `problem`.
 
     metadata.yaml is read with tolerance: only the list of files and the message counts are taken from it, and the
@@ -158,6 +223,9 @@ def _bag_folder(path: Path, name: str) -> Bag:
     profile or a file name differs.
     """
     present = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.name.endswith(STORAGE_ENDINGS))
+    about = known.about(path, [*present, path / "metadata.yaml"])
+    if "files" in about:
+        return Bag(name, path, tuple(path / file for file in about["files"]), about["claimed"], about["compression"])
     remove = "" if present else f", or remove it if {name} is no recording: no .db3 or .mcap file is beside it"
     try:
         text = (path / "metadata.yaml").read_text()
@@ -184,4 +252,7 @@ def _bag_folder(path: Path, name: str) -> Bag:
         return Bag(name, path, tuple(present), claimed, "", problem)
     files = tuple(present if missing else listed)
     problem = "" if files else "metadata.yaml lists no storage file"
+    if not problem:
+        compression = mode if mode in ("file", "message") else ""
+        about |= {"files": [file.name for file in files], "claimed": claimed, "compression": compression}
     return Bag(name, path, files, claimed, mode if mode in ("file", "message") else "", problem)

@@ -16,8 +16,9 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them; of those that a part of
                          the recording shows in CAMERA.HASH.moments.json
 
-Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock. meta.json's time of change is when
-the entry was last used. `python -m rosbag_dataset cache` (pruning.py) shows entries, and removes some.
+Beside the entries lie lock files: KEY.lock while an entry is built, and in-use.lock; what bags.py remembers of bags;
+and episodes that warm.py keeps. meta.json's time of change is when the entry was last used. `python -m rosbag_dataset
+cache` (pruning.py) shows entries, and removes some.
 
 Knows: names and layout of these files, several processes that build at once, disks that fill up.
 Must not know: fps, segments, actions: what changes without decoding a bag again is not in an entry.
@@ -51,6 +52,7 @@ from .settings import BagSettings
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
 COMMAND_PARTS = tuple(field.name for field in dataclasses.fields(Commands))
 IN_USE = "in-use.lock"  # held shared by each process that builds or reads entries, alone by one that removes some
+KNOWN = "bags.json"  # what bags.KnownBags remembers
 _in_use: dict[Path, Any] = {}  # cache folder -> that file, open until the process ends
 
 
@@ -112,8 +114,8 @@ def build_entry(
     cache_dir, entry = settings.cache_dir, settings.cache_dir / key
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        _use(cache_dir)
-        with _locked(cache_dir, key, bag.name):
+        use(cache_dir)
+        with locked(cache_dir, key, bag.name):
             fault = _fault(entry, settings)
             if fault is None:
                 return
@@ -141,7 +143,7 @@ def build_entry(
         ) from exc
 
 
-def _use(cache_dir: Path) -> None:
+def use(cache_dir: Path) -> None:
     """From now until this process ends nobody prunes this cache; waits for one that does at the moment.
 
     Pixels are mapped when they are first wanted, by whichever worker wants them: an entry that is gone by then would
@@ -161,7 +163,7 @@ def _use(cache_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(cache_dir: Path, key: str, bag_name: str) -> Generator[None]:
+def locked(cache_dir: Path, key: str, bag_name: str) -> Generator[None]:
     """While inside, no other process builds this entry; waits for one that does.
 
     On a file system without locks it goes on and says so. Several processes may then decode the same bag, each into a
@@ -293,7 +295,7 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
     Raises:
         EntryError: it is missing or not whole. Pixels are not read: only their files' sizes are compared.
     """
-    _use(entry.parent)
+    use(entry.parent)
     try:
         meta = json.loads((entry / "meta.json").read_text())
         recording = Recording(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # A delay of measured positions behind commands is looked for in this range, on a grid of this step. A controller takes
 # 0.03 to 0.2 s; clocks that are set apart a little may even turn it round.
@@ -46,7 +47,7 @@ class Commands:
         return np.where(now < 0, np.nan, value), np.where(now < 0, np.inf, np.where(moving, 0.0, since_ns))
 
 
-def held(message_ns: Sequence[int], values: Sequence[float]) -> Commands:
+def held(message_ns: ArrayLike, values: ArrayLike) -> Commands:
     """Commands that each hold until the next one; of those at one time the last counts."""
     recorded_ns = np.array(message_ns, np.int64)
     order = np.argsort(recorded_ns, kind="stable")

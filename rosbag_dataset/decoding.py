@@ -10,11 +10,12 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -69,20 +70,28 @@ def build_entries(
     # child that touches it (even to switch it off) waits for threads that are not there.
     cv2.setNumThreads(1)
     with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
-        pending: set[Future] = set()
+        left = 0
+        done: queue.SimpleQueue[Future] = queue.SimpleQueue()  # concurrent.futures.wait() looks at all, each time
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
         try:
             bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
-            pending = set(bag_of)
+            left = len(bag_of)
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-            while pending and not (failed and stop_early):
-                done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
+            for future in bag_of:
+                future.add_done_callback(done.put)
+            while left and not (failed and stop_early):
+                finished = []
+                with contextlib.suppress(queue.Empty):
+                    finished.append(done.get(timeout=0.25))
+                    while True:
+                        finished.append(done.get_nowait())
                 answer()
+                left -= len(finished)
                 images, size = counters.get_obj()  # without the lock: a process that was killed may have had it
                 bar.n = images
                 rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
                 bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
-                for future in done:
+                for future in finished:
                     error = future.result()
                     if error is not None:
                         failed.append((bag_of[future], error))
@@ -92,7 +101,7 @@ def build_entries(
                 "free some and start again (the bags that were finished stay cached)"
             ) from None
         finally:
-            if pending:
+            if left:
                 # We were asked to stop, or a bag is bad. Bags that are half decoded are not waited for; their entries
                 # are discarded. The pool itself then marks the futures that are left as failed. Do not cancel them:
                 # up to Python 3.11 the pool's thread dies with a traceback on a cancelled future, and a stop should

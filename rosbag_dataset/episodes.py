@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from .bags import Bag, find_bags
-from .cache import EntryError, build_entry, cache_key, load_entry
+from tqdm import tqdm
+
+from .bags import Bag, KnownBags, find_bags
+from .cache import KNOWN, EntryError, build_entry, cache_key, load_entry
 from .cutting import LeftOut, cut
 from .decoding import build_entries
 from .errors import BagError, SetupError
@@ -21,6 +23,7 @@ from .settings import BagSettings
 from .sidecar import read_sidecar
 from .storage import storage_errors
 from .synchronisation import Episode
+from .warm import kept_episodes, kept_key
 
 Shapes = dict[str, tuple[int, int]]  # camera -> (H, W)
 
@@ -42,16 +45,9 @@ def load_episodes(
     Raises:
         BagError: no bags, or a bad one with on_bad_bag "error"; no episode is left.
     """
-    bags = find_bags(settings.bag_dir)
-    skipped: list[LeftOut] = []
+    known = KnownBags(settings.cache_dir / KNOWN)
+    bags = find_bags(settings.bag_dir, known)
     stop_early = settings.on_bad_bag != "skip"
-
-    def raise_or_skip(bag: Bag, error: BagError) -> None:
-        if stop_early or isinstance(error, SetupError):
-            raise error
-        print(f"skipped bag {error}", file=sys.stderr, flush=True)
-        skipped.append({"bag": bag.name, "why": str(error)})
-
     hashes: dict[str, str] = {}
     keys: dict[str, str] = {}
     failed: dict[str, BagError] = {}
@@ -60,7 +56,7 @@ def load_episodes(
             if settings.episodes == "file":  # a faulty sidecar is said before an hour of decoding
                 read_sidecar(bag)
             with storage_errors(bag, bag.path):
-                hashes[bag.name] = bag.content_hash()
+                hashes[bag.name] = known.content_hash(bag)
             keys[bag.name] = cache_key(bag, hashes[bag.name], settings)
         except BagError as error:
             failed[bag.name] = error
@@ -69,40 +65,70 @@ def load_episodes(
     ]
     if not (failed and stop_early):
         failed |= {b.name: e for b, e in build_entries(todo, keys, settings, workers, progress, stop_early)}
-    if failed and stop_early:  # bags before this one may have been left undone
-        raise next(iter(failed.values()))
+    known.save()
+    for error in failed.values():
+        if stop_early or isinstance(error, SetupError):
+            raise error  # bags before this one may have been left undone
+    good = [bag for bag in bags if bag.name not in failed]
 
-    episodes: list[Episode] = []
-    first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
-    cameras = list(settings.camera_topics)
-    for bag in bags:
-        try:
-            if bag.name in failed:
-                raise failed[bag.name]
-            entry = settings.cache_dir / keys[bag.name]
+    def make() -> Iterator[tuple[list[Episode], list[LeftOut]]]:
+        bar = tqdm(
+            good, desc="synchronising bags", unit="bag", disable=not progress, delay=2.0,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
+        first: Episode | None = None
+        first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
+        for bag in bar:
             try:
-                recording = load_entry(entry, cameras)
-            except EntryError:
-                build_entry(bag, keys[bag.name], settings)
-                recording = load_entry(entry, cameras)
-            parts, left_out = cut(bag, recording, settings)
-            if episodes:
-                check_same_size(bag.name, recording.image_shape, episodes[0].name, episodes[0].image_shape)
-        except BagError as error:
-            raise_or_skip(bag, error)
-            continue
-        skipped += left_out
-        recorded = recording.sha256()
-        for episode in parts:
-            episode.entry, episode.content_hash = entry, hashes[bag.name]
-            if not episode.whole:  # a resumed run compares these: another end is another episode
-                episode.content_hash += f" {episode.time_ns[0]}..{episode.time_ns[-1]}"
-            episode.recording_hash = recorded
-            mark_copy(episode, first_with)
-            episodes.append(episode)
+                parts, left_out = _episodes_of(bag, keys[bag.name], hashes[bag.name], settings, first)
+            except BagError as error:
+                if stop_early or isinstance(error, SetupError):
+                    raise
+                parts, left_out = [], [{"bag": bag.name, "why": str(error)}]
+            for episode in parts:
+                mark_copy(episode, first_with)
+                first = first or episode
+            yield parts, left_out
+
+    if good:
+        entries = [keys[bag.name] for bag in good]
+        found = kept_episodes(settings.cache_dir, lambda: kept_key(good, keys, settings), entries, make)
+    else:
+        found = [], []
+    episodes, skipped = found[0], [{"bag": name, "why": str(error)} for name, error in failed.items()] + found[1]
+    place = {bag.name: number for number, bag in enumerate(bags)}
+    skipped.sort(key=lambda left_out: place[left_out["bag"]])
+    for left_out in skipped:
+        if "episode" not in left_out:
+            print(f"skipped bag {left_out['why']}", file=sys.stderr, flush=True)
     if not episodes:
         raise BagError(nothing_left(settings.bag_dir, len(bags), skipped))
     return episodes, skipped
+
+
+def _episodes_of(
+    bag: Bag, key: str, content_hash: str, settings: BagSettings, first: Episode | None
+) -> tuple[list[Episode], list[LeftOut]]:
+    """A bag's episodes, from its entry, and what is left out; `first` is one of an earlier bag, whose sizes count.
+
+    Raises:
+        BagError: the bag cannot be used.
+    """
+    entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
+    try:
+        recording = load_entry(entry, cameras)
+    except EntryError:
+        build_entry(bag, key, settings)
+        recording = load_entry(entry, cameras)
+    parts, left_out = cut(bag, recording, settings)
+    if first is not None:
+        check_same_size(bag.name, recording.image_shape, first.name, first.image_shape)
+    recorded = recording.sha256()
+    for episode in parts:
+        episode.entry, episode.content_hash, episode.recording_hash = entry, content_hash, recorded
+        if not episode.whole:  # a resumed run compares these: another end is another episode
+            episode.content_hash += f" {episode.time_ns[0]}..{episode.time_ns[-1]}"
+    return parts, left_out
 
 
 def nothing_left(bag_dir: Path, bags: int, skipped: Sequence[LeftOut]) -> str:

@@ -31,8 +31,9 @@ from .cache import IN_USE, cache_key
 from .errors import NO_LOCKS, BagError
 from .inspection import settings_of
 from .storage import storage_errors
+from .warm import PREFIX
 
-KEY = "[0-9a-f]{24}"  # what cache_key() returns
+KEY = f"(?:{PREFIX})?[0-9a-f]{{24}}"  # what cache_key() and kept_key() return
 GB, DAY_S = 1_000_000_000, 86_400
 
 
@@ -45,6 +46,7 @@ class Entry:
     bag: str | None  # None: half made by a process that was killed, or damaged
     size: int  # bytes
     used_s: float  # when it was last used, in s since 1970
+    needs: set[str]  # itself; of episodes that are kept: the entries that they are of
     why: str = ""  # why it goes, or "" if it stays
 
 
@@ -59,16 +61,17 @@ def find_entries(cache_dir: Path) -> list[Entry]:
         match = re.fullmatch(rf"({KEY})|\.({KEY})\.\d+", path.name)
         if not match or not path.is_dir() or path.is_symlink():
             continue
-        bag, used_s = None, path.stat().st_mtime
+        bag, used_s, needs = None, path.stat().st_mtime, {path.name}
         if match[1]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                bag = str(json.loads((path / "meta.json").read_text())["bag"])
+                meta = json.loads((path / "meta.json").read_text())
+                bag, needs = str(meta["bag"]), set(meta.get("entries", needs))
                 used_s = (path / "meta.json").stat().st_mtime
         files = [file for file in path.rglob("*") if file.is_file()]
-        if bag is None and match[1] and any(file.suffix not in (".rgb", ".npy", ".json") for file in files):
+        if bag is None and match[1] and any(file.suffix not in (".rgb", ".npy", ".json", ".bin") for file in files):
             continue  # a folder of somebody else's
         size = sum(file.stat().st_size for file in files)
-        found.append(Entry(path, match[1] or match[2], bag, size, used_s))
+        found.append(Entry(path, match[1] or match[2], bag, size, used_s, needs))
     return sorted(found, key=lambda entry: entry.used_s)
 
 
@@ -89,25 +92,28 @@ def keys_needed(bag_dirs: Sequence[Path], configs: Sequence[Path]) -> set[str]:
 
 
 def choose(entries: list[Entry], needed: set[str] | None, older_than_days: float | None, max_gb: float | None) -> None:
-    """Write into each entry's `why` why it goes: half made, not needed, too old, or the oldest beyond a size."""
+    """Write into each entry's `why` why it goes: half made, not needed, too old, or the oldest beyond a size.
+
+    Episodes that are kept go with the first of their entries: they would never be found again.
+    """
     now_s = time.time()
     for entry in entries:
         days = (now_s - entry.used_s) / DAY_S
         if entry.bag is None:
             entry.why = "half made or damaged"
-        elif needed is not None and entry.key not in needed:
+        elif needed is not None and not entry.needs <= needed:
             entry.why = "no bag needs it"
         elif older_than_days is not None and days > older_than_days:
             entry.why = f"last used {days:.0f} days ago"
-    if max_gb is None:
-        return
     total = sum(entry.size for entry in entries if not entry.why)
     for entry in entries:  # the least recently used first
-        if total <= max_gb * GB:
-            return
-        if not entry.why:
+        if max_gb is not None and total > max_gb * GB and not entry.why:
             entry.why = f"beyond {max_gb:g} GB"
             total -= entry.size
+    staying = {entry.key for entry in entries if not entry.why}
+    for entry in entries:
+        if not entry.why and not entry.needs <= staying:
+            entry.why = "episodes of entries that go, or are gone"
 
 
 @contextlib.contextmanager
@@ -244,7 +250,7 @@ def _show(entries: list[Entry], needed: set[str] | None) -> None:
     rows = [("entry", "GB", "last used", "needed", "bag")]
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_s))
-        wanted = "?" if needed is None else "yes" if entry.key in needed else "no"
+        wanted = "?" if needed is None else "yes" if entry.needs <= needed else "no"
         bag = "(half made or damaged)" if entry.bag is None else entry.bag
         goes = f"  -> {entry.why}" if entry.why and entry.bag is not None else ""
         rows.append((entry.path.name, f"{entry.size / GB:.3f}", used, wanted, bag + goes))

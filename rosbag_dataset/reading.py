@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,8 @@ class Recording:
         Returns:
             (that part, camera -> (N,) int64: which images of the whole recording are the part's).
         """
-        rows = (begin_ns <= self.joint_time_ns) & (self.joint_time_ns < end_ns)
-        images = {c: np.flatnonzero((begin_ns <= t) & (t < end_ns)) for c, t in self.camera_time_ns.items()}
+        rows = _within(self.joint_time_ns, begin_ns, end_ns)
+        images = {c: np.arange(len(t))[_within(t, begin_ns, end_ns)] for c, t in self.camera_time_ns.items()}
         part = dataclasses.replace(
             self,
             joint_time_ns=self.joint_time_ns[rows],
@@ -124,10 +125,17 @@ class Recording:
         digest = hashlib.sha256()
         for part in (self.joint_time_ns, self.joint_rad, *self.camera_time_ns.values()):
             digest.update(f"{part.shape} ".encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
+            digest.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
         for image in self.first_image.values():
             digest.update(bytes.fromhex(image))
         return digest.hexdigest()
+
+
+def _within(time_ns: np.ndarray, begin_ns: int, end_ns: int) -> slice | np.ndarray:
+    """Where begin_ns <= t < end_ns: a slice of times that are in order, of which no copy is made; else (N,) bool."""
+    if (np.diff(time_ns) >= 0).all():
+        return slice(*np.searchsorted(time_ns, [begin_ns, end_ns]).tolist())
+    return (begin_ns <= time_ns) & (time_ns < end_ns)
 
 
 def read_bag(
@@ -154,20 +162,19 @@ def read_bag(
     """
     typestore_for(settings.ros_distro)  # a wrong setting is said before any file is opened
     camera_of = {topic: camera for camera, topic in settings.camera_topics.items()}
-    joint_times: list[int] = []
-    joint_rows: list[np.ndarray] = []
-    camera_times: dict[str, list[int]] = {camera: [] for camera in settings.camera_topics}
+    # Numbers as in the arrays that they become: an hour at 500 Hz would be 0.5 GB as Python's objects.
+    joint_times, joint_values = array("q"), array("d")
+    camera_times = {camera: array("q") for camera in settings.camera_topics}
     shapes: dict[str, tuple[int, int]] = {}
     first_image: dict[str, str] = {}
     stored: dict[str, tuple[int, int]] = {}
     videos: dict[str, VideoDecoder] = {}
     watches: dict[str, PictureWatch] = {}
-    delays_ns: dict[str, list[int]] = {}
+    delays_ns: dict[str, array[float]] = {}
     ignored = 0
     numbers = {key: _Numbers(topic_field) for key, topic_field in wanted_fields(settings).items()}
     commands = _JointCommands(settings)
-    marker_times: list[int] = []
-    markers: list[int] = []
+    marker_times, markers = array("q"), array("q")
     read = {topic: 0 for _, topic, _ in wanted_topics(settings)}
 
     def keep(camera: str, time_ns: int, image: np.ndarray | None, shape: tuple[int, int] | None, raw: bytes) -> None:
@@ -201,7 +208,7 @@ def read_bag(
             where = f"{bag.name}: {topic}, message {read[topic]}"
             message = parse_message(raw, msgtype, settings.ros_distro, where, typestore)
             if stamp := stamp_ns(message):
-                delays_ns.setdefault(topic, []).append(receive_ns - stamp)
+                delays_ns.setdefault(topic, array("d")).append(receive_ns - stamp)
             for number in numbers.values():
                 if number.source.topic != topic:
                     continue
@@ -209,8 +216,7 @@ def read_bag(
                 if value is None:
                     number.ignored += 1
                 else:
-                    number.times_ns.append(time_stamp(message, receive_ns, settings.time_source, where))
-                    number.values.append(value)
+                    number.add(time_stamp(message, receive_ns, settings.time_source, where), value)
             if topic == settings.action_source:
                 time_ns = time_stamp(message, receive_ns, settings.time_source, where)
                 commands.add(message, msgtype, time_ns, where)
@@ -220,7 +226,7 @@ def read_bag(
                     ignored += 1
                 else:
                     joint_times.append(time_stamp(message, receive_ns, settings.time_source, where))
-                    joint_rows.append(row)
+                    joint_values.frombytes(row.tobytes())
             if settings.episodes == "marker" and topic == settings.episode_marker_topic:
                 marker_times.append(time_stamp(message, receive_ns, settings.time_source, where))
                 markers.append(marker_value(message, where))
@@ -242,7 +248,8 @@ def read_bag(
     for topic, count in read.items():
         if count != counts[topic]:  # what was read against what the storage itself promised
             raise BagError(f"{bag.name}: {topic}: read {count} of {counts[topic]} messages; the storage is damaged")
-    joint_time_ns, joint_rad = np.array(joint_times, np.int64), np.stack(joint_rows)
+    joint_time_ns = np.array(joint_times, np.int64)
+    joint_rad = np.asarray(joint_values).reshape(-1, len(settings.joint_names))
     faults = {camera: watch.faults(joint_time_ns, joint_rad) for camera, watch in watches.items()}
     return Recording(
         joint_time_ns,
@@ -253,7 +260,7 @@ def read_bag(
         {camera: first_image[camera] for camera in settings.camera_topics},
         ignored,
         {
-            name: Samples(np.array(of.times_ns, np.int64), np.array(of.values, np.float64), is_held(of.values[0]))
+            name: Samples(np.array(of.times_ns, np.int64), np.array(of.values, np.float64), of.held)
             for name in settings.state_topics
             for of in [numbers[f"data.state_topics.{name}"]]
         },
@@ -282,9 +289,16 @@ class _Numbers:
     """What one field of a topic said, message by message."""
 
     source: TopicField
-    times_ns: list[int] = field(default_factory=list)
-    values: list[bool | int | float] = field(default_factory=list)
+    times_ns: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+    held: bool = False  # as Samples has it, by the first
     ignored: int = 0  # messages that do not have it
+
+    def add(self, time_ns: int, value: bool | int | float) -> None:
+        """Take over what a message says."""
+        self.held = is_held(value) if not self.values else self.held
+        self.times_ns.append(time_ns)
+        self.values.append(value)
 
 
 class _JointCommands:
@@ -292,37 +306,41 @@ class _JointCommands:
 
     def __init__(self, settings: BagSettings) -> None:
         self._names, self._joints = settings.joint_names, source_joints(settings)
-        # (time in ns, (P,) ns from there to each point, (P, J) values); of what is no trajectory one row
-        self._said: list[tuple[int, np.ndarray, np.ndarray]] = []
-        self._trajectories = False
+        # (time in ns, (P,) ns from there to each point, (P, J) values)
+        self._trajectories: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._times_ns, self._values = array("q"), array("d")  # of what is no trajectory: a row of J values each
         self.ignored = 0  # messages with none of the joints, or without points
 
     def add(self, message: Any, msgtype: str, time_ns: int, where: str) -> None:
         """Take a message that came at `time_ns`. Raises BagError when it is no command."""
         if msgtype == TRAJECTORY_TYPE:
-            self._trajectories = True
             if (points := trajectory_points(message, self._names, where)) is None:
                 self.ignored += 1
             else:
-                self._said.append((time_ns, *points))
+                self._trajectories.append((time_ns, *points))
             return
         positions = commanded_positions if msgtype == ARRAY_TYPE else joint_positions
         if (row := positions(message, self._names, where)) is None:
             self.ignored += 1
         else:
-            self._said.append((time_ns, np.zeros(1, np.int64), row[None]))
+            self._times_ns.append(time_ns)
+            self._values.frombytes(row.tobytes())
 
     def series(self, where: str) -> dict[str, Commands]:
         """Joint -> its commands, of those for which data.action_source is asked. Raises BagError when one has none."""
         found = {}
+        times_ns, values = np.array(self._times_ns, np.int64), np.array(self._values).reshape(-1, len(self._names))
+        at_once = np.zeros(1, np.int64)
         for j in self._joints:
-            said = [(t, offset, rows[:, j]) for t, offset, rows in self._said if not np.isnan(rows[0, j])]
-            if not said:
+            said = ~np.isnan(values[:, j])
+            planned = [(t, offset, rows[:, j]) for t, offset, rows in self._trajectories if not np.isnan(rows[0, j])]
+            if not said.any() and not planned:
                 raise BagError(f"{where}: no message says where {self._names[j]} is to go, expected positions of it")
-            if self._trajectories:
-                found[self._names[j]] = followed(said)
+            if planned:
+                planned += [(int(t), at_once, v) for t, v in zip(times_ns[said], values[said, j, None], strict=True)]
+                found[self._names[j]] = followed(planned)
             else:
-                found[self._names[j]] = held([t for t, _, _ in said], [float(value[0]) for _, _, value in said])
+                found[self._names[j]] = held(times_ns[said], values[said, j])
         return found
 
 

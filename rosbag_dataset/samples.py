@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -16,6 +15,9 @@ import numpy as np
 
 from .cache import pixels_file
 from .synchronisation import Episode
+from .warm import put_away, taken_out
+
+MAX_FILES = 512  # that a dataset has open: half of what a process may by default
 
 
 def open_pixels(episode: Episode, camera: str) -> np.ndarray:
@@ -51,11 +53,14 @@ class ChunkDataset:
         self.episodes = list(episodes)
         self.images = images
         self.chunk_size = chunk_size
-        stops = [episode.action_stop for episode in self.episodes]
-        frames = [np.flatnonzero(np.arange(len(stop)) < stop) for stop in stops]
-        self._episode_of = np.repeat(np.arange(len(frames)), [len(f) for f in frames])
-        self._frame_of = np.concatenate(frames) if frames else np.zeros(0, np.int64)
-        self._stop_of = np.concatenate([s[f] for s, f in zip(stops, frames, strict=True)]) if frames else self._frame_of
+        # Of each segment with actions its episode, and [start, stop) of the frames that have one; samples are counted
+        # through them. Nothing here is as long as the recordings are.
+        bounds = [np.column_stack([e.segments[:, 0], e.segments[:, 1] - e.ahead]) for e in self.episodes]
+        segments = np.concatenate([np.zeros((0, 2), np.int64), *bounds])
+        episode_of = np.repeat(np.arange(len(bounds)), [len(b) for b in bounds])
+        some = segments[:, 1] > segments[:, 0]
+        self._segments, self._episode_of = segments[some], episode_of[some]
+        self._first_sample = np.cumsum([0, *(self._segments[:, 1] - self._segments[:, 0])])
         cameras = self.episodes[0].image_shape if self.episodes else ()
         self._first_image: dict[str, list[int]] = {}  # camera -> which of all stored images is each episode's first
         owners = pixel_owners(self.episodes)
@@ -63,19 +68,16 @@ class ChunkDataset:
             firsts = np.cumsum([0, *(owner.stored_images[camera] for owner in owners.values())]).tolist()
             first_of = dict(zip(owners, firsts, strict=False))
             self._first_image[camera] = [first_of[e.entry or e.name] for e in self.episodes]
-        self._files: dict[tuple[int, str], int] = {}  # (episode, camera) -> descriptor of the stored images
-        self._allow_open_files()
-
-    def _allow_open_files(self) -> None:
-        """Every episode and camera is a file; a thousand episodes pass the usual soft limit of 1024."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = 512 + sum(len(e.image_shape) for e in self.episodes)
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        # (episode, camera) -> descriptor of the stored images, the latest MAX_FILES: there may be more of them than a
+        # process can have open.
+        self._files: dict[tuple[int, str], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # a worker opens the files itself
+        """What a worker is sent: it opens files itself, and looks itself for arrays that lie on disk."""
+        return self.__dict__ | {"_files": {}, "episodes": [put_away(episode) for episode in self.episodes]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"episodes": [taken_out(episode) for episode in state["episodes"]]}
 
     def __del__(self) -> None:
         for file in self._files.values():
@@ -94,16 +96,27 @@ class ChunkDataset:
         assert entry is not None
         path = entry / pixels_file(camera)
         if (e, camera) not in self._files:
+            if len(self._files) >= MAX_FILES:
+                os.close(self._files.pop(next(iter(self._files))))  # the first that was opened
             self._files[e, camera] = os.open(path, os.O_RDONLY)
         if os.preadv(self._files[e, camera], [out.data], image * out.nbytes) != out.nbytes:
             raise OSError(errno.EIO, f"image {image} is cut short; remove this folder, it is decoded again", str(path))
 
     def __len__(self) -> int:
-        return len(self._frame_of)
+        return int(self._first_sample[-1])
 
     def locate(self, index: int) -> tuple[str, int]:
         """-> (episode name, frame in it) of a sample."""
-        return self.episodes[self._episode_of[index]].name, int(self._frame_of[index])
+        e, t, _ = self._place(index)
+        return self.episodes[e].name, t
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Of a sample: its episode, its frame in it, and behind which frame the actions of its segment end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        segment = int(np.searchsorted(self._first_sample, index, side="right")) - 1
+        start, stop = self._segments[segment].tolist()
+        return int(self._episode_of[segment]), start + int(index - self._first_sample[segment]), stop
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
@@ -111,7 +124,7 @@ class ChunkDataset:
     def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         batch_size, first = len(indices), self.episodes[0]
         batch = {
-            "observation.state": np.empty((batch_size, first.state.shape[1]), np.float32),
+            "observation.state": np.empty((batch_size, first.path_rad.shape[1]), np.float32),
             "action": np.zeros((batch_size, self.chunk_size, len(first.acted)), np.float32),
             "action_is_pad": np.ones((batch_size, self.chunk_size), bool),
             "index": np.asarray(indices, np.int64),
@@ -122,10 +135,10 @@ class ChunkDataset:
             else:
                 batch[f"image_index.{camera}"] = np.empty(batch_size, np.int64)
         for b, i in enumerate(indices):
-            e, t = int(self._episode_of[i]), int(self._frame_of[i])
+            e, t, stop = self._place(i)
             episode = self.episodes[e]
-            count = min(self.chunk_size, int(self._stop_of[i]) - t)
-            batch["observation.state"][b] = episode.state[t]
+            count = min(self.chunk_size, stop - t)
+            batch["observation.state"][b] = episode.states(t)
             batch["action"][b, :count] = episode.chunk(t, count)
             batch["action_is_pad"][b, :count] = False
             for camera in episode.image_shape:

@@ -26,6 +26,7 @@ DELTA_STD_FLOOR_RAD = 1e-4
 # Of a state from another topic, whose unit may be anything: this part of its largest magnitude; of one that never
 # changes 1, in its unit. Of its deltas: a hundredth, as of joints.
 STATE_STD_FLOOR = 1e-2
+ANGLE_BINS = 1 << 16  # of the circle
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Moments = tuple[int, np.ndarray, np.ndarray]  # count, mean, sum of squared deviations from it
@@ -54,8 +55,11 @@ def compute_stats(
     """
     state = action = None
     images: dict[str, Moments | None] = dict.fromkeys(episodes[0].image_shape)
+    low, high = np.float32(np.inf), np.float32(-np.inf)
     for episode in episodes:
-        state = _merge(state, _moments(episode.state))
+        states = episode.state
+        state = _merge(state, _moments(states))
+        low, high = np.minimum(low, states.min(axis=0)), np.maximum(high, states.max(axis=0))
         if image_stats == "dataset":
             for camera in images:
                 images[camera] = _merge(images[camera], _image_moments(episode, camera))
@@ -82,8 +86,8 @@ def compute_stats(
             floored.append(f"{key}[{j}]: standard deviation {std[j]:.2g} raised to its floor {floor[j]:g}{unit}")
         return {"mean": moments[1].astype(np.float32), "std": np.maximum(std, floor).astype(np.float32)}
 
-    floor, delta_floor = _floors(episodes)
-    acted, joint = episodes[0].acted, np.arange(len(floor)) < episodes[0].joints
+    acted, joint = episodes[0].acted, np.arange(len(state[1])) < episodes[0].joints
+    floor, delta_floor = _floors(np.asarray(low), np.asarray(high), joint)
     action_floor = floor if episodes[0].action_mode == "absolute" else delta_floor
     stats = {
         "observation.state": finish("observation.state", state, floor, joint),
@@ -101,11 +105,8 @@ def compute_stats(
     return stats, floored
 
 
-def _floors(episodes: Sequence[Episode]) -> tuple[np.ndarray, np.ndarray]:
-    """The least standard deviations of states, and of their deltas, (S,) each."""
-    low = np.min([episode.state.min(axis=0) for episode in episodes], axis=0)
-    high = np.max([episode.state.max(axis=0) for episode in episodes], axis=0)
-    joint = np.arange(len(low)) < episodes[0].joints
+def _floors(low: np.ndarray, high: np.ndarray, joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least standard deviations of states, and of their deltas, (S,) each, by the least and largest of each."""
     others = np.where(low == high, 1.0, STATE_STD_FLOOR * np.maximum(np.abs(low), np.abs(high)))
     floor = np.where(joint, POSITION_STD_FLOOR_RAD, others)
     return floor, np.where(joint, DELTA_STD_FLOOR_RAD, others / 100)
@@ -118,11 +119,26 @@ def angle_references(episodes: Sequence[Episode]) -> np.ndarray:
     it jump only where the training data never are. A mean would not do: a joint that works at 0 and sometimes reaches
     3.3 rad has its mean near 0, and the seam in its way. For refer_angles(); of states that are no angles, and are
     never wrapped, it means nothing.
+
+    The circle is cut into ANGLE_BINS; of each only the least and the largest angle in it are kept, whatever the number
+    of frames. So gaps narrower than one, a tenth of a milliradian, count as visited.
     """
-    angles = np.sort(wrap_to_pi(np.concatenate([episode.path_rad for episode in episodes])), axis=0)
-    gaps = np.diff(angles, axis=0, append=angles[:1] + 2 * np.pi)
-    widest, joints = gaps.argmax(axis=0), np.arange(angles.shape[1])
-    seam = angles[widest, joints] + gaps[widest, joints] / 2
+    states = episodes[0].path_rad.shape[1]
+    least, largest = np.full((2, states, ANGLE_BINS), np.nan)
+    for episode in episodes:
+        for joint, path in enumerate(episode.path_rad.T):
+            angles = np.sort(wrap_to_pi(path))
+            bins = np.clip((angles + np.pi) * (ANGLE_BINS / (2 * np.pi)), 0, ANGLE_BINS - 1).astype(np.int64)
+            ends = np.flatnonzero(np.append(np.diff(bins), 1))  # the last angle of each bin
+            first, last = angles[np.append(0, ends[:-1] + 1)], angles[ends]
+            least[joint, bins[ends]] = np.fmin(least[joint, bins[ends]], first)
+            largest[joint, bins[ends]] = np.fmax(largest[joint, bins[ends]], last)
+    seam = np.empty(states)
+    for joint in range(states):
+        visited = ~np.isnan(least[joint])
+        first, last = least[joint, visited], largest[joint, visited]
+        gaps = np.append(first[1:], first[0] + 2 * np.pi) - last
+        seam[joint] = last[gaps.argmax()] + gaps.max() / 2
     return np.round(wrap_to_pi(seam + np.pi), 3)  # to read it in a file
 
 

@@ -46,8 +46,7 @@ class Episode:
 
     name: str
     time_ns: np.ndarray  # (T,) int64 tick times
-    state: np.ndarray  # (T, S) float32, rad for revolute joints
-    action: np.ndarray  # (T, A) float32, the first of the chunk from frame t; zeros where frame t has no action
+    path_rad: np.ndarray  # (T, S) float64, states; angles without jumps
     segments: np.ndarray  # (S, 2) int64: [start, stop) of each segment in 0..T
     image_index: dict[str, np.ndarray]  # camera -> (T,) int64, which stored image a frame shows
     sync_report: dict[str, Any]  # what became of the recording: an entry of sync_report.json, a row of sync_table()
@@ -57,7 +56,10 @@ class Episode:
     stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of images in the entry
     content_hash: str = ""  # Bag.content_hash(): of the files' bytes
     recording_hash: str = ""  # Recording.sha256(): two bags with the same one are copies, whatever their bytes
-    path_rad: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # (T, S) float64, joints without jumps
+    reference_rad: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (S,) around which angles are wrapped
+    wrapped: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (S,) bool, which states are
+    # (T, S) float64, states as they were recorded, jumps and all. None with wrap_angles: they are on path_rad.
+    recorded: np.ndarray | None = None
     action_mode: str = ""  # what actions are: BagSettings.action_mode
     acted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (A,) which states are in the action
     joints: int = 0  # how many of the states, the first, are joints
@@ -66,11 +68,48 @@ class Episode:
     ahead: int = 1  # frames from a frame to the one that its action needs: 0 where all actions are of commands
     bag: str = ""  # the recording that it is from, or a part of
     whole: bool = True  # False: a part of it, and other parts of its entry's pixels are not its own (cutting.py)
+    kept: tuple[Path, int] | None = None  # where its arrays lie on disk, if they do (warm.py)
+
+    # States and actions follow from the path; they are computed where they are asked for, and take no memory.
+
+    @property
+    def state(self) -> np.ndarray:
+        """(T, S) float32, rad for revolute joints."""
+        return self.states(slice(None)).astype(np.float32)
+
+    def states(self, frames: int | slice) -> np.ndarray:
+        """(..., S) float64, of some frames: angles on the turn around reference_rad."""
+        if self.recorded is not None:
+            return self.recorded[frames]
+        state = np.array(self.path_rad[frames])
+        state[..., self.wrapped] = wrap_to_pi(state[..., self.wrapped], self.reference_rad[self.wrapped])
+        return state
+
+    @property
+    def action(self) -> np.ndarray:
+        """(T, A) float32, the first of the chunk from frame t; zeros where frame t has no action."""
+        action = np.zeros((len(self.time_ns), len(self.acted)), np.float32)
+        for start, stop in self.segments:
+            last = max(start, stop - self.ahead)
+            action[start:last] = self._first_actions(start, last)
+        return action
+
+    def _first_actions(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, A) float64: the first action of the chunk from each of these frames of a segment.
+
+        Absolute ones start on the turn of the episode's first state and follow the motion without jumps.
+        """
+        if self.action_mode == "absolute":
+            return self._target(start, stop) + (self.states(0) - self.path_rad[0])[self.acted]
+        if self.target is not None:
+            return self.target[start:stop] - self.path_rad[start:stop, self.acted]
+        path = self.path_rad if self.recorded is None else self.recorded
+        return np.diff(path[start : stop + 1, self.acted], axis=0)
 
     @property
     def frames_with_action(self) -> int:
         """How many frames have an action: of what is measured, all but each segment's last."""
-        return int((self.action_stop > np.arange(len(self.time_ns))).sum())
+        return int(np.maximum(np.diff(self.segments, axis=1) - self.ahead, 0).sum())
 
     @property
     def has_action(self) -> bool:
@@ -90,7 +129,7 @@ class Episode:
         if self.action_mode == "relative":
             return self._target(t, t + count) - self.path_rad[t, self.acted]
         if self.action_mode == "absolute" or self.target is None:
-            return self.action[t : t + count]
+            return self._first_actions(t, t + count)
         return np.diff(self.target[t : t + count], axis=0, prepend=self.path_rad[t, self.acted][None])
 
     def chunk_actions(self, start: int, count: int, k: int) -> np.ndarray:
@@ -273,19 +312,17 @@ def synchronise(
             for c, age in image_age_s.items()
         },
     }
-    none = np.zeros((0, path.shape[1]), np.float32)  # until the joints are placed
     episode = Episode(
-        name, ticks[kept], none, none, segments, image_index, sync_report,
+        name, ticks[kept], path, segments, image_index, sync_report,
         image_shape=recording.image_shape, source_shape=recording.source_shape,
-        stored_images={c: len(t) for c, t in camera_ns.items()}, path_rad=path, action_mode=settings.action_mode,
-        acted=settings.acted, joints=len(settings.joint_names), ahead=0 if settings.commanded.all() else 1,
+        stored_images={c: len(t) for c, t in camera_ns.items()}, reference_rad=np.zeros(path.shape[1]),
+        wrapped=settings.revolute & settings.wrap_angles, recorded=None if settings.wrap_angles else state,
+        action_mode=settings.action_mode, acted=settings.acted, joints=len(settings.joint_names),
+        ahead=0 if settings.commanded.all() else 1,
     )  # fmt: skip
     if settings.commanded.any():
         episode.target = _targets(path[:, settings.acted], commands[kept], settings)
-    if settings.wrap_angles:
-        refer_angles(episode, np.zeros(path.shape[1]) if angle_reference_rad is None else angle_reference_rad, settings)
-    else:
-        _place(episode, state, settings)
+    refer_angles(episode, episode.reference_rad if angle_reference_rad is None else angle_reference_rad, settings)
     return episode
 
 
@@ -299,16 +336,6 @@ def _late_ms(recording: Recording, settings: BagSettings) -> dict[str, float]:
         return {}
     late = {c: delays[t] - delays[settings.joint_topic] for c, t in settings.camera_topics.items() if t in delays}
     return {camera: round(ms, 1) for camera, ms in late.items() if abs(ms) <= MAX_STAMP_DELAY_MS}
-
-
-def _place(episode: Episode, state: np.ndarray, settings: BagSettings) -> None:
-    """Give an episode its states (T, S) float64, and the actions that follow from them."""
-    episode.state = state.astype(np.float32)
-    if episode.target is not None:
-        episode.action = _commanded_actions(state, episode)
-        return
-    action = _actions(state, episode.path_rad, episode.segments, settings)
-    episode.action = action[:, episode.acted].astype(np.float32)
 
 
 def _commands(
@@ -360,20 +387,6 @@ def _targets(path: np.ndarray, commands: np.ndarray, settings: BagSettings) -> n
     return target
 
 
-def _commanded_actions(state: np.ndarray, episode: Episode) -> np.ndarray:
-    """(T, A) float32: the first action of the chunk from each frame; zeros where a frame has none.
-
-    Absolute ones are on the turn on which the first frame's state is, as those of _actions().
-    """
-    assert episode.target is not None
-    acted, has_action = episode.acted, np.arange(len(state)) < episode.action_stop
-    if episode.action_mode == "absolute":
-        action = episode.target + (state[0] - episode.path_rad[0])[acted]
-    else:
-        action = episode.target - episode.path_rad[:, acted]
-    return np.where(has_action[:, None], action, 0).astype(np.float32)
-
-
 def _command_report(
     recording: Recording, joint_streams: Sequence[_Stream], begin: int, end: int, settings: BagSettings
 ) -> dict[str, Any]:
@@ -411,9 +424,8 @@ def refer_angles(episode: Episode, reference_rad: np.ndarray, settings: BagSetti
     """
     if not settings.wrap_angles:
         return
-    state, wrapped = episode.path_rad.copy(), settings.revolute
-    state[:, wrapped] = wrap_to_pi(state[:, wrapped], np.asarray(reference_rad, np.float64)[wrapped])
-    _place(episode, state, settings)
+    episode.reference_rad = np.asarray(reference_rad, np.float64)
+    state = episode.states(slice(None))
     turned = np.abs(np.diff(state - episode.path_rad, axis=0)).max(axis=0, initial=0.0) > np.pi
     names = [name for name, crosses in zip(settings.state_names, turned, strict=True) if crosses]
     episode.sync_report["joints_across_the_seam"] = names
@@ -436,13 +448,15 @@ def _stream(
     name: str, states: list[int], recorded_ns: np.ndarray, values: np.ndarray, settings: BagSettings, held: bool = False
 ) -> _Stream:
     """A stream of samples (N,) and (N, len(states)), in file order; of samples at one time the last counts."""
-    order = np.argsort(recorded_ns, kind="stable")
-    time_ns = recorded_ns[order]
-    last_of_equal = np.append(time_ns[1:] != time_ns[:-1], True)
-    value, revolute = values[order[last_of_equal]], settings.revolute[states]
+    time_ns, value = recorded_ns, values
+    if not (np.diff(recorded_ns) > 0).all():
+        order = np.argsort(recorded_ns, kind="stable")
+        last_of_equal = np.append(recorded_ns[order[1:]] != recorded_ns[order[:-1]], True)
+        time_ns, value = recorded_ns[order[last_of_equal]], values[order[last_of_equal]]
     path = value.copy()
-    path[:, revolute] = np.unwrap(path[:, revolute], axis=0)
-    return _Stream(name, states, recorded_ns, time_ns[last_of_equal], value, path, held)
+    for j in np.flatnonzero(settings.revolute[states]):  # one by one: unwrap takes five times what it is given
+        path[:, j] = np.unwrap(path[:, j])
+    return _Stream(name, states, recorded_ns, time_ns, value, path, held)
 
 
 def _other_streams(recording: Recording, settings: BagSettings) -> list[_Stream]:
@@ -475,7 +489,8 @@ def _joint_streams(recording: Recording, settings: BagSettings) -> list[_Stream]
         names = ", ".join(settings.joint_names[joint] for joint in joints)
         name = settings.joint_topic if len(together) == 1 else f"{settings.joint_topic} ({names})"
         rows = np.flatnonzero(present[:, joints[0]])
-        rad = recording.joint_rad[rows][:, joints]
+        whole = len(rows) == len(present) and len(together) == 1
+        rad = recording.joint_rad if whole else recording.joint_rad[rows][:, joints]
         streams.append(_stream(name, joints, recording.joint_time_ns[rows], rad, settings))
     return streams
 
@@ -514,10 +529,12 @@ def _check_unit(name: str, joint_streams: Sequence[_Stream], settings: BagSettin
         BagError: one is beyond, as in a recording in degrees.
     """
     for s in joint_streams:
-        far = np.abs(s.value) * settings.revolute[s.states]
-        at, joint = np.unravel_index(far.argmax(), far.shape)
-        if far[at, joint] > MAX_UR_RAD:
-            what = "looks like degrees" if far[at, joint] < 1000 else "is no angle"
+        for joint in np.flatnonzero(settings.revolute[s.states]):
+            far = np.abs(s.value[:, joint])
+            at = far.argmax()
+            if far[at] <= MAX_UR_RAD:
+                continue
+            what = "looks like degrees" if far[at] < 1000 else "is no angle"
             raise BagError(
                 f"{name}: {settings.joint_topic}: {settings.joint_names[s.states[joint]]} is {s.value[at, joint]:.6g} "
                 f"at {s.time_ns[at] / 1e9:.3f} s, which {what}; expected rad, a UR joint's from -6.28 to 6.28; record "
@@ -537,7 +554,7 @@ def _fast_steps(
         (its "joint", "rad_per_s", "rad" and "at_s" after `begin`; None if there is no step,
          (N, 2) int64 ns: of each jump, the times of the messages before and after it).
     """
-    fastest, jumps = None, [np.zeros((0, 2), np.int64)]
+    fastest, most, jumps = None, 0.0, [np.zeros((0, 2), np.int64)]
     for s in joint_streams:
         arm = np.flatnonzero(settings.revolute[s.states])
         inside = np.flatnonzero((s.time_ns[1:] >= begin) & (s.time_ns[:-1] <= end))
@@ -545,17 +562,20 @@ def _fast_steps(
             continue
         before, after = s.time_ns[inside], s.time_ns[inside + 1]
         mean_ns = (s.time_ns[-1] - s.time_ns[0]) / (len(s.time_ns) - 1)
-        step_rad = np.abs(np.diff(s.path[:, arm], axis=0))[inside]
-        speed = step_rad / (np.maximum(after - before, mean_ns) / 1e9)[:, None]
-        at, joint = np.unravel_index(speed.argmax(), speed.shape)
-        if fastest is None or speed[at, joint] > fastest["rad_per_s"]:
-            fastest = {
-                "joint": settings.joint_names[s.states[arm[joint]]],
-                "rad_per_s": round(float(speed[at, joint]), 3),
-                "rad": round(float(step_rad[at, joint]), 4),
-                "at_s": round(float(after[at] - begin) / 1e9, 3),
-            }
-        fast = speed.max(axis=1) > MAX_UR_RAD_PER_S
+        elapsed_s, fast = np.maximum(after - before, mean_ns) / 1e9, np.zeros(len(inside), bool)
+        for joint in arm:
+            step_rad = np.abs(np.diff(s.path[:, joint])[inside])
+            speed = step_rad / elapsed_s
+            fast |= speed > MAX_UR_RAD_PER_S
+            at = speed.argmax()
+            if fastest is None or speed[at] > most:
+                most = speed[at]
+                fastest = {
+                    "joint": settings.joint_names[s.states[joint]],
+                    "rad_per_s": round(float(most), 3),
+                    "rad": round(float(step_rad[at]), 4),
+                    "at_s": round(float(after[at] - begin) / 1e9, 3),
+                }
         jumps.append(np.stack([before[fast], after[fast]], axis=1))
     return fastest, np.concatenate(jumps)
 
@@ -611,7 +631,7 @@ def _still_share(joint_streams: Sequence[_Stream]) -> float:
         return 1.0
     still = np.ones(len(times) - 1, bool)
     for s in joint_streams:
-        speed = np.abs(np.diff(s.value, axis=0)).max(axis=1) / (np.diff(s.time_ns) / 1e9)
+        speed = np.max([np.abs(np.diff(column)) for column in s.value.T], axis=0) / (np.diff(s.time_ns) / 1e9)
         still &= (speed < STILL_RAD_PER_S)[np.searchsorted(s.time_ns, times[:-1], side="right") - 1]
     return round(float(np.average(still, weights=np.diff(times) / 1e9)), 3)
 
@@ -670,19 +690,3 @@ def _resample(streams: Sequence[_Stream], ticks_ns: np.ndarray, settings: BagSet
         sign = np.append(np.asarray(settings.joint_sign, np.float64), np.ones(len(settings.state_topics)))
         state, continuous = state * sign, continuous * sign
     return state, continuous
-
-
-def _actions(state: np.ndarray, path: np.ndarray, segments: np.ndarray, settings: BagSettings) -> np.ndarray:
-    """(T, S) float64: q[t+1] - q[t], or q[t+1] unwrapped along the episode; zeros at each segment's last frame.
-
-    Of "relative" actions only the first of a chunk is here, which is a delta; the others depend on where the chunk
-    begins: see ChunkDataset.
-    """
-    action = np.zeros_like(state)
-    target = path + (state[0] - path[0])  # whole turns: the first frame is where its state says
-    for start, stop in segments:
-        if settings.action_mode == "absolute":
-            action[start : stop - 1] = target[start + 1 : stop]
-        else:
-            action[start : stop - 1] = np.diff((path if settings.wrap_angles else state)[start:stop], axis=0)
-    return action

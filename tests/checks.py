@@ -78,8 +78,9 @@ def load(wanted, workers=1):
 
 
 def entries(cache_dir):
-    """Everything in the cache but the lock files, hidden names too."""
-    return sorted(p.name for p in cache_dir.iterdir() if p.suffix != ".lock")
+    """Everything in the cache but the lock files and what a warm start is spared, hidden names too."""
+    ours = (p for p in cache_dir.iterdir() if p.suffix != ".lock" and p.name != "bags.json")
+    return sorted(p.name for p in ours if not p.name.startswith("episodes-"))
 
 
 def flip(file, at):

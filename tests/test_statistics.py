@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rosbag_dataset import ChunkDataset, angle_references, compute_stats, refer_angles, split_episodes
+from rosbag_dataset import ChunkDataset, angle_references, compute_stats, refer_angles, split_episodes, wrap_to_pi
 from tests.bags import T0_NS, make_take, settings, smooth_path, write_bag
 from tests.checks import TAKE, cut, error_of, load
 from tests.episodes import one_joint, sync, turning, with_pixels, without
@@ -81,9 +82,21 @@ def test_deviations_have_a_floor(tmp_path, mode, floor):
 def test_statistics_without_any_action():
     """Single frames only: nothing to learn, said in one line."""
     episode = sync(make_take(seconds=2.0), fps=30)
-    first = {key: getattr(episode, key)[:1] for key in ("time_ns", "state", "action")}
+    first = {key: getattr(episode, key)[:1] for key in ("time_ns", "path_rad")}
     alone = dataclasses.replace(episode, **first, segments=np.array([[0, 1]]))
     assert "no action to learn" in error_of(lambda: compute_stats([alone], "imagenet", 8))
+
+
+def test_angle_references_are_those_of_all_frames_at_once():
+    """Kept by bins of the circle, they are what sorting every frame of all episodes gives, to the last bit."""
+    random = np.random.default_rng(0)
+    for spread in (0.01, 1.0, 3.0):
+        paths = [random.normal(random.uniform(-9, 9), spread, (n, 6)) for n in (1, 7, 500)]
+        angles = np.sort(wrap_to_pi(np.concatenate(paths)), axis=0)
+        gaps = np.diff(angles, axis=0, append=angles[:1] + 2 * np.pi)
+        widest, joints = gaps.argmax(axis=0), np.arange(6)
+        expected = np.round(wrap_to_pi(angles[widest, joints] + gaps[widest, joints] / 2 + np.pi), 3)
+        np.testing.assert_array_equal(angle_references([SimpleNamespace(path_rad=path) for path in paths]), expected)
 
 
 def test_validation_episodes_do_not_touch_the_statistics(tmp_path):
@@ -92,7 +105,7 @@ def test_validation_episodes_do_not_touch_the_statistics(tmp_path):
     training, validation = split_episodes(episodes, 0.2, 0)
     before = compute_stats(training, "dataset", 8)[0]
     for episode in validation:
-        episode.state += 100
+        episode.path_rad += 100
         (episode.entry / "color.rgb").write_bytes(b"\xff" * (episode.entry / "color.rgb").stat().st_size)
     after = compute_stats(split_episodes(episodes, 0.2, 0)[0], "dataset", 8)[0]
     for key in before:
