@@ -45,7 +45,8 @@ Settings = Mapping[str, Mapping[str, Any]]
 # Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
 # must not go on as if nothing had happened. 1: af889aa and older, which trained on frames in gaps of the joints too.
 # Up to 2 epochs were permuted by torch.randperm, and such runs go on so (feed.ORDERS); 3: by a Feistel network.
-RANDPERM_ORDER, SAMPLE_ORDER = 2, 3
+RANDPERM_ORDER = 2
+SAMPLE_ORDER = 3
 
 # What a fingerprint means that was made before it had these keys: one bag is one episode.
 BEFORE_CUTTING = {"data.episodes": "bag", "data.trim_still_s": None, "training.hold_out": "bag"}
