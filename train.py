@@ -68,7 +68,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving
 @dataclass
 class DataConfig:
     bag_dir: str = setting("../rosbag-to-lerobot/local_bags", "folder searched recursively for ROS 2 bags", path=True)
-    cache_dir: str = setting("outputs/frame-cache", "folder for decoded frames", path=True)
+    frames: str = setting("auto", "where frames are read", choices=CHOICES["frames"])
+    cache_dir: str = setting("outputs/frame-cache", "folder for decoded frames, or where they are", path=True)
     joint_topic: str = setting("/joint_states", "topic of sensor_msgs/msg/JointState")
     camera_topic: str = setting("/camera/color/image_raw", "the one camera's topic, Image or CompressedImage")
     camera_topics: dict[str, str] | None = setting(None, "several cameras, {name: topic}; replaces camera_topic")

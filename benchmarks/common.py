@@ -94,6 +94,7 @@ def overrides(options: argparse.Namespace, **settings: Any) -> list[str]:
     """key=value texts for train.py: the sizes, then the user's, then `settings`, given as training__steps=4."""
     first = {
         "data.cache_dir": options.out / "cache",
+        "data.frames": "cache",  # what all of these measure; the other way has a benchmark of its own
         "conventions.image_resize": f"[{options.height}, {options.width}]",
         "model.pretrained_backbone": "false",  # no download; the speed is the same
         "training.batch_size": options.batch_size,
@@ -127,19 +128,19 @@ def sample_bags(options: argparse.Namespace, storage: str = "sqlite3", frames: i
     return record_bags(options, storage, frames or options.frames)
 
 
-def record_bags(options: argparse.Namespace, storage: str, frames: int) -> Path:
+def record_bags(options: argparse.Namespace, storage: str, frames: int, jpeg: bool = False) -> Path:
     """At least `frames` camera frames of the simulated UR10e, whole episodes of about 100 frames each."""
     episodes, planned = 0, 0
     while planned < frames:
         planned += sum(event[3] == "camera" for event in plan_episode(SEED, episodes)[2])
         episodes += 1
-    folder = options.out / f"bags-{episodes}-{options.bag_height}x{options.bag_width}-{storage}"
+    folder = options.out / f"bags-{episodes}-{options.bag_height}x{options.bag_width}-{storage}{'-jpeg' * jpeg}"
     if not (folder / "recording.json").exists():
         say(f"recording {planned} frames of {options.bag_height}x{options.bag_width} in {episodes} bags ({storage})")
     command = [
         sys.executable, "-m", "sim.record", f"--out={folder.absolute()}", f"--episodes={episodes}", f"--seed={SEED}",
         f"--storage={storage}", f"--height={options.bag_height}", f"--width={options.bag_width}",
-    ]  # fmt: skip
+    ] + ["--compressed"] * jpeg  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise BenchmarkError(f"recording bags failed: {last_words(result.stdout).removeprefix('error: ')}")

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="decode-once-") as folder:
         settings = dataclasses.replace(
-            bag_settings(load_config(args.config)), bag_dir=args.bags, cache_dir=Path(folder)
+            bag_settings(load_config(args.config)), bag_dir=args.bags, cache_dir=Path(folder), frames="cache"
         )
         began_s = time.perf_counter()
         episodes, _ = load_episodes(settings, progress=False)

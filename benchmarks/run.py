@@ -63,7 +63,8 @@ def ingest(options: argparse.Namespace) -> None:
 
 def _ingest(report: Report, options: argparse.Namespace, storage: str) -> None:
     bag_dir, cache = common.sample_bags(options, storage), options.out / "ingest-cache"
-    settings = train.bag_settings(common.config(options, data__bag_dir=bag_dir, data__cache_dir=cache))
+    cfg = common.config(options, data__bag_dir=bag_dir, data__cache_dir=cache, data__frames="cache")
+    settings = train.bag_settings(cfg)
     bags = find_bags(bag_dir)
     bags_mb = sum(file.stat().st_size for bag in bags for file in bag.files) / 1e6
     common.read_bags(bag_dir)
@@ -207,9 +208,13 @@ def samples_per_s(batches: Iterator[Any], options: argparse.Namespace) -> float:
 # -- step ---------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(options: argparse.Namespace, folder: Path, **settings: Any) -> train.Trainer:
-    """A real Trainer in this process, ready for train_step(); its output goes to `folder`, what it says beside it."""
-    cfg = common.config(options, data__bag_dir=common.sample_bags(options), training__output_dir=folder, **settings)
+def make_trainer(options: argparse.Namespace, folder: Path, bags: Path | None = None, **settings: Any) -> train.Trainer:
+    """A real Trainer in this process, ready for train_step(); its output goes to `folder`, what it says beside it.
+
+    `bags`: those to train on, if they are not the sample ones.
+    """
+    bag_dir = bags or common.sample_bags(options)
+    cfg = common.config(options, data__bag_dir=bag_dir, training__output_dir=folder, **settings)
     world = train.detect_ddp()
     train.join_ddp(world, cfg.training.device)
     stop = train.StopSignal()

@@ -7,7 +7,8 @@ The way of the data, with the room (module) that does each step:
                                                            out of the messages, fields.py further states, commands.py
                                                            commands, images.py and video.py pixels; faults.py
                                                            looks at these
-    recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk
+    recording -> entry     cache.py, decoding.py           decoded once per bag, in parallel, kept on disk; or only
+                                                           where each picture lies in the bag: in_place.py
     entry -> episodes      cutting.py                      what is an episode (sidecar.py: as a person wrote it down);
                                                            of each, by synchronisation.py: time grid, states, actions,
                                                            segments
@@ -21,8 +22,9 @@ that only the bag knows), errors.py. Commands, which a training does not need: i
 DIR` looks at a folder and writes nothing), pruning.py (`... cache DIR` looks at the cache, and removes from it),
 listing.py (`... list DIR`: what has to arrive elsewhere).
 
-The cache holds what is expensive and independent of the training settings: decoded, resized pixels, their times, the
-joint positions and further states. Synchronisation is cheap, and kept beside it, so that changing `data.fps`,
+The cache holds what is expensive and independent of the training settings: decoded, resized pixels (or their places in
+the bag), their times, the joint positions and further states. Synchronisation is cheap, and kept beside it, so that
+changing `data.fps`,
 `max_offset_ms`, `wrap_angles` or `action_mode` never reads a bag again.
 
 The package knows bags, time and pixels; it knows no model, no checkpoint and no process group, and needs neither ROS
@@ -31,12 +33,13 @@ from here.
 """
 
 from .bags import Bag, find_bags
-from .cache import EntryError, build_entry, cache_key, clean_cache, load_entry
+from .cache import EntryError, build_entry, cache_key, clean_cache, find_entry, load_entry, open_entry
 from .config import Schema, parse_yaml, read_config, setting
 from .cutting import cut, cut_settings, left_out_notes
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SettingError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
+from .in_place import PicturesInPlace, source_of
 from .reading import Recording, read_bag
 from .reports import data_notes, sync_table
 from .samples import ChunkDataset, open_pixels, pixel_owners
@@ -72,6 +75,7 @@ __all__ = [
     "ChunkDataset",
     "EntryError",
     "Episode",
+    "PicturesInPlace",
     "Recording",
     "Schema",
     "SettingError",
@@ -89,10 +93,12 @@ __all__ = [
     "divide",
     "episode_rules",
     "find_bags",
+    "find_entry",
     "left_out_notes",
     "load_entry",
     "load_episodes",
     "no_motion",
+    "open_entry",
     "open_pixels",
     "parse_yaml",
     "pixel_owners",
@@ -104,6 +110,7 @@ __all__ = [
     "setting_rules",
     "settings_from",
     "sidecar_path",
+    "source_of",
     "split_episodes",
     "state_rules",
     "sync_table",

@@ -1,8 +1,11 @@
 """Decoded recordings on disk: each bag's pixels, times and joints in an entry of their own, whole or absent.
 
 An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every setting that changes pixels or times.
+There are two kinds: with the pixels, and with an index of them (in_place.py), which has a key of its own. What else is
+in them is the same.
 
     CAMERA.rgb           stored images one after the other, (H, W, 3) uint8 each, in file order
+    CAMERA.places        or of each, in that order, where it lies in the bag: in_place.PLACE
     CAMERA.time_ns.npy   their times, int64 ns
     joint_time_ns.npy    int64 ns
     joint_rad.npy        (M, J) float64; NaN where a message does not have the joint
@@ -12,7 +15,7 @@ An entry is the folder `cache_dir/KEY`; KEY stands for the bag's bytes and every
     meta.json            sizes of the images, a hash of each camera's first, which further states are held, which were
                          commanded; how many messages and packets of video were of no use, how many black, white, torn
                          and frozen pictures there are, if any; how late messages were after their header stamps (older
-                         entries do not say); written last
+                         entries do not say); of an index, that it is one; written last
     CAMERA.moments.json  mean and deviation of its pixels, once statistics.py has computed them; of those that a part of
                          the recording shows in CAMERA.HASH.moments.json
 
@@ -46,10 +49,12 @@ from .bags import Bag
 from .commands import Commands
 from .errors import DISK_FULL, NO_LOCKS, SetupError
 from .images import DEPTH_M_PER_LEVEL, RESIZE_INTERPOLATION
+from .in_place import PLACE, NotInPlace, PlaceIndex, places_file
 from .reading import Recording, Samples, image_sha256, read_bag
 from .settings import BagSettings
 
 CACHE_VERSION = 1  # raise it when decoded pixels or times change, so that old entries are not used
+INDEX_VERSION = 1  # raise it when the places of pictures change, for the same reason
 COMMAND_PARTS = tuple(field.name for field in dataclasses.fields(Commands))
 IN_USE = "in-use.lock"  # held shared by each process that builds or reads entries, alone by one that removes some
 KNOWN = "bags.json"  # what bags.KnownBags remembers
@@ -90,13 +95,85 @@ def cache_key(bag: Bag, content_hash: str, settings: BagSettings) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def index_key(key: str) -> str:
+    """The name of the entry that has an index in place of the pixels that the one called `key` has."""
+    return hashlib.sha256(f"index {INDEX_VERSION} of {key}".encode()).hexdigest()[:24]
+
+
+def entry_keys(key: str, frames: str) -> tuple[str, ...]:
+    """The names of the entries that may be read of a bag with `key`, by data.frames; the first that is there is."""
+    return {"cache": (key,), "bags": (index_key(key),), "auto": (key, index_key(key))}[frames]
+
+
+def find_entry(key: str, settings: BagSettings) -> Path | None:
+    """The entry that is to be read of a bag with `key`, by data.frames; None if it has none that is finished."""
+    entries = [settings.cache_dir / name for name in entry_keys(key, settings.frames)]
+    return next((entry for entry in entries if (entry / "meta.json").exists()), None)
+
+
 def pixels_file(camera: str) -> str:
     """The name of a camera's stored images inside an entry."""
     return f"{camera}.rgb"
 
 
+def make_entry(
+    bag: Bag,
+    key: str,
+    settings: BagSettings,
+    in_place: bool,
+    on_message: Callable[[int, int], None] | None = None,
+) -> tuple[Path, str]:
+    """Build the entry of a bag that is to be read: an index if `in_place`, and if its pictures can be read so.
+
+    Args and errors are build_entry()'s, and one more.
+
+    Returns:
+        (the entry; why it has pixels although it was to have none, or "").
+
+    Raises:
+        SetupError: data.frames is "bags", and the pictures cannot be read in place.
+    """
+    why = ""
+    if in_place:
+        try:
+            build_entry(bag, index_key(key), settings, on_message, in_place=True)
+            return settings.cache_dir / index_key(key), ""
+        except NotInPlace as error:
+            why = str(error)
+            if settings.frames == "bags":
+                expected = "expected auto (which puts such recordings into the cache) or cache"
+                raise SetupError(f"{why}: found data.frames: bags, {expected}") from None
+    build_entry(bag, key, settings, on_message)
+    return settings.cache_dir / key, why
+
+
+def open_entry(
+    bag: Bag,
+    key: str,
+    settings: BagSettings,
+    in_place: bool,
+    on_message: Callable[[int, int], None] | None = None,
+) -> tuple[Path, Recording]:
+    """The entry of a bag that is to be read, and what is in it: made if there is none, made again if it is damaged.
+
+    Args and errors are make_entry()'s; what is made again is of the kind that it was.
+    """
+    cameras = list(settings.camera_topics)
+    if (entry := find_entry(key, settings)) is not None:
+        try:
+            return entry, load_entry(entry, cameras)
+        except EntryError:
+            in_place = entry.name != key
+    entry, _ = make_entry(bag, key, settings, in_place, on_message)
+    return entry, load_entry(entry, cameras)
+
+
 def build_entry(
-    bag: Bag, key: str, settings: BagSettings, on_message: Callable[[int, int], None] | None = None
+    bag: Bag,
+    key: str,
+    settings: BagSettings,
+    on_message: Callable[[int, int], None] | None = None,
+    in_place: bool = False,
 ) -> None:
     """Decode one bag into `cache_dir/key`, atomically; safe when other processes build the same entry.
 
@@ -104,11 +181,14 @@ def build_entry(
 
     Args:
         bag: from find_bags().
-        key: from cache_key().
+        key: from cache_key(), or index_key().
         settings: where the cache is, and what to read.
         on_message: called as on_message(images, bytes) for progress.
+        in_place: write an index and no pixels. Each picture is decoded all the same, once: what is damaged, black,
+            torn or frozen is found now, and not by a training in its fifth hour.
 
     Raises:
+        NotInPlace: there can be no index.
         BagError: a bad recording, or a disk that is full (nothing half-written stays behind).
     """
     cache_dir, entry = settings.cache_dir, settings.cache_dir / key
@@ -126,7 +206,7 @@ def build_entry(
             shutil.rmtree(building, ignore_errors=True)
             try:
                 building.mkdir()
-                _write_entry(bag, building, settings, on_message)
+                _write_entry(bag, building, settings, on_message, PlaceIndex(bag, settings) if in_place else None)
                 if _fault(entry, settings) is not None:  # else, without locks, another process was first
                     shutil.rmtree(entry, ignore_errors=True)
                     os.rename(building, entry)
@@ -210,21 +290,32 @@ def _reserve(file: int, size: int) -> None:
 
 
 def _write_entry(
-    bag: Bag, building: Path, settings: BagSettings, on_message: Callable[[int, int], None] | None
+    bag: Bag,
+    building: Path,
+    settings: BagSettings,
+    on_message: Callable[[int, int], None] | None,
+    index: PlaceIndex | None,
 ) -> None:
     expected: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
 
         def sink(camera: str, image: np.ndarray) -> None:
+            if index is not None:
+                return
             if camera not in files:
                 files[camera] = stack.enter_context((building / pixels_file(camera)).open("wb"))
                 _reserve(files[camera].fileno(), expected[camera] * image.nbytes)
             files[camera].write(np.ascontiguousarray(image).data.cast("B"))
 
-        recording = read_bag(bag, settings, sink, on_message, scratch=building, on_open=expected.update)
+        on_picture = None if index is None else index.add
+        recording = read_bag(
+            bag, settings, sink, on_message, scratch=building, on_open=expected.update, on_picture=on_picture
+        )
         for file in files.values():  # a video may have fewer pictures than messages, for which there is room
             file.truncate()
+    for camera, places in (index.places() if index is not None else {}).items():
+        save(building / places_file(camera), places)
     save(building / "joint_time_ns.npy", recording.joint_time_ns)
     save(building / "joint_rad.npy", recording.joint_rad)
     if len(recording.marker):
@@ -255,6 +346,8 @@ def _write_entry(
     meta["stamp_delay_ms"] = recording.stamp_delay_ms
     if recording.ignored_messages:
         meta["ignored_messages"] = recording.ignored_messages
+    if index is not None:
+        meta["in_place"] = True
     save(building / "meta.json", json.dumps(meta).encode())
     for file in building.iterdir():  # all written before the first is flushed: the others then hardly wait
         flush(file)
@@ -288,7 +381,7 @@ def _fault(entry: Path, settings: BagSettings) -> EntryError | None:
 
 
 def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
-    """Read a cache entry's times, joints and further states (pixels stay on disk: samples.open_pixels).
+    """Read a cache entry's times, joints and further states (pixels stay where they are: samples.open_pixels).
 
     From then on the cache counts as in use until this process ends, and the entry as used now.
 
@@ -327,7 +420,10 @@ def load_entry(entry: Path, cameras: Sequence[str]) -> Recording:
             recording.marker_time_ns = np.load(entry / "marker_time_ns.npy")
             recording.marker = np.load(entry / "marker.npy")
         for camera, (height, width) in recording.image_shape.items():
-            file, expected = entry / pixels_file(camera), len(recording.camera_time_ns[camera]) * height * width * 3
+            file, size_of_one = entry / pixels_file(camera), height * width * 3
+            if meta.get("in_place"):
+                file, size_of_one = entry / places_file(camera), PLACE.size
+            expected = len(recording.camera_time_ns[camera]) * size_of_one
             if (size := file.stat().st_size) < expected:
                 raise EntryError(f"{file}: {size} bytes, expected {expected}")
             if "first_image" in meta:

@@ -23,7 +23,7 @@ import cv2
 from tqdm import tqdm
 
 from .bags import Bag
-from .cache import build_entry, clean_cache
+from .cache import clean_cache, make_entry
 from .errors import BagError
 from .settings import BagSettings
 from .topics import typestore_for
@@ -33,26 +33,34 @@ _counters: Any = None  # (images, bytes) shared with the decoding processes
 
 
 def build_entries(
-    todo: Sequence[Bag], keys: dict[str, str], settings: BagSettings, workers: int, progress: bool, stop_early: bool
-) -> list[tuple[Bag, BagError]]:
+    todo: Sequence[Bag],
+    keys: dict[str, str],
+    settings: BagSettings,
+    in_place: bool,
+    workers: int,
+    progress: bool,
+    stop_early: bool,
+) -> tuple[list[tuple[Bag, BagError]], list[str]]:
     """Decode bags into the cache, in parallel.
 
     Args:
         todo: the bags that are not cached yet.
         keys: bag name -> cache key.
         settings: what to read and where the cache is.
+        in_place: keep an index of the pictures, and no pixels, of those bags that allow it.
         workers: number of processes, at most one per bag; 0 chooses as many as keep the cores busy.
         progress: show a progress bar.
         stop_early: stop at the first bad bag, without waiting for bags that are half decoded.
 
     Returns:
-        The bags that failed, each with its error; with `stop_early`, those that had failed when it stopped.
+        (the bags that failed, each with its error; with `stop_early`, those that had failed when it stopped;
+         of each bag that does not allow an index, why).
 
     Raises:
         BagError: a decoding process was killed.
     """
     if not todo:
-        return []
+        return [], []
     clean_cache(settings.cache_dir)
     typestore_for(settings.ros_distro)  # the processes inherit it
     workers = min(workers or _decoding_processes(), len(todo))
@@ -61,6 +69,7 @@ def build_entries(
     context = multiprocessing.get_context(method)
     counters = context.Array("q", [0, 0])
     failed: list[tuple[Bag, BagError]] = []
+    not_in_place: list[str] = []
     bar = tqdm(
         total=total or None, desc=f"decoding {len(todo)} bags", unit="frame", disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
@@ -74,7 +83,7 @@ def build_entries(
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()  # concurrent.futures.wait() looks at all, each time
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
         try:
-            bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings): b for b in todo}
+            bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings, in_place): b for b in todo}
             left = len(bag_of)
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             for future in bag_of:
@@ -92,9 +101,11 @@ def build_entries(
                 rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
                 bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
                 for future in finished:
-                    error = future.result()
-                    if error is not None:
-                        failed.append((bag_of[future], error))
+                    result = future.result()
+                    if isinstance(result, BagError):
+                        failed.append((bag_of[future], result))
+                    elif result:
+                        not_in_place.append(result)
         except BrokenProcessPool:
             raise BagError(
                 "data.bag_dir: a process that decodes bags was killed, most likely for want of memory; "
@@ -110,7 +121,7 @@ def build_entries(
                     process.terminate()
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             cv2.setNumThreads(opencv_threads)
-    return failed
+    return failed, not_in_place
 
 
 def _decoding_processes() -> int:
@@ -181,9 +192,8 @@ def _count(images: int, size: int) -> None:
             _counters[1] += size
 
 
-def _build_one(bag: Bag, key: str, settings: BagSettings) -> BagError | None:
+def _build_one(bag: Bag, key: str, settings: BagSettings, in_place: bool) -> BagError | str:
     try:
-        build_entry(bag, key, settings, _count)
+        return make_entry(bag, key, settings, in_place, _count)[1]
     except BagError as error:
         return type(error)(str(error))  # without its cause, which may not survive the trip between processes
-    return None

@@ -14,11 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .bags import Bag, KnownBags, find_bags
-from .cache import KNOWN, EntryError, build_entry, cache_key, load_entry
+from .cache import KNOWN, cache_key, find_entry, open_entry
 from .cutting import LeftOut, cut
 from .decoding import build_entries
 from .errors import BagError, SetupError
 from .images import height_by_width
+from .in_place import choose, source_of
 from .settings import BagSettings
 from .sidecar import read_sidecar
 from .storage import storage_errors
@@ -60,27 +61,33 @@ def load_episodes(
             keys[bag.name] = cache_key(bag, hashes[bag.name], settings)
         except BagError as error:
             failed[bag.name] = error
-    todo = [
-        bag for bag in bags if bag.name in keys and not (settings.cache_dir / keys[bag.name] / "meta.json").exists()
-    ]
+    todo = [bag for bag in bags if bag.name in keys and find_entry(keys[bag.name], settings) is None]
+    in_place = True
     if not (failed and stop_early):
-        failed |= {b.name: e for b, e in build_entries(todo, keys, settings, workers, progress, stop_early)}
+        in_place, why = choose(todo, settings)
+        if why and progress:
+            print(why, file=sys.stderr, flush=True)
+        bad, not_in_place = build_entries(todo, keys, settings, in_place, workers, progress, stop_early)
+        failed |= {b.name: e for b, e in bad}
+        if 0 < len(not_in_place) < len(todo) and progress:
+            which = f"{len(not_in_place)} of {len(todo)} new bags"
+            print(f"frames: {which} are in the cache: {not_in_place[0]}", file=sys.stderr, flush=True)
     known.save()
     for error in failed.values():
         if stop_early or isinstance(error, SetupError):
             raise error  # bags before this one may have been left undone
-    good = [bag for bag in bags if bag.name not in failed]
+    good = {bag.name: bag for bag in bags if bag.name not in failed}
 
     def make() -> Iterator[tuple[list[Episode], list[LeftOut]]]:
         bar = tqdm(
-            good, desc="synchronising bags", unit="bag", disable=not progress, delay=2.0,
+            good.values(), desc="synchronising bags", unit="bag", disable=not progress, delay=2.0,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )  # fmt: skip
         first: Episode | None = None
         first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
         for bag in bar:
             try:
-                parts, left_out = _episodes_of(bag, keys[bag.name], hashes[bag.name], settings, first)
+                parts, left_out = _episodes_of(bag, keys[bag.name], hashes[bag.name], settings, in_place, first)
             except BagError as error:
                 if stop_early or isinstance(error, SetupError):
                     raise
@@ -91,11 +98,15 @@ def load_episodes(
             yield parts, left_out
 
     if good:
-        entries = [keys[bag.name] for bag in good]
-        found = kept_episodes(settings.cache_dir, lambda: kept_key(good, keys, settings), entries, make)
+        entries = [e.name for bag in good if (e := find_entry(keys[bag], settings)) is not None]
+        found = kept_episodes(settings.cache_dir, lambda: kept_key([*good.values()], keys, settings), entries, make)
     else:
         found = [], []
     episodes, skipped = found[0], [{"bag": name, "why": str(error)} for name, error in failed.items()] + found[1]
+    for episode in episodes:
+        assert episode.entry is not None
+        if episode.entry.name != keys[episode.bag]:  # its pictures lie where the bag is now
+            episode.source = source_of(good[episode.bag], settings)
     place = {bag.name: number for number, bag in enumerate(bags)}
     skipped.sort(key=lambda left_out: place[left_out["bag"]])
     for left_out in skipped:
@@ -107,19 +118,14 @@ def load_episodes(
 
 
 def _episodes_of(
-    bag: Bag, key: str, content_hash: str, settings: BagSettings, first: Episode | None
+    bag: Bag, key: str, content_hash: str, settings: BagSettings, in_place: bool, first: Episode | None
 ) -> tuple[list[Episode], list[LeftOut]]:
     """A bag's episodes, from its entry, and what is left out; `first` is one of an earlier bag, whose sizes count.
 
     Raises:
         BagError: the bag cannot be used.
     """
-    entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
-    try:
-        recording = load_entry(entry, cameras)
-    except EntryError:
-        build_entry(bag, key, settings)
-        recording = load_entry(entry, cameras)
+    entry, recording = open_entry(bag, key, settings, in_place)
     parts, left_out = cut(bag, recording, settings)
     if first is not None:
         check_same_size(bag.name, recording.image_shape, first.name, first.image_shape)

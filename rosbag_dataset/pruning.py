@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bags import find_bags
-from .cache import IN_USE, cache_key
+from .cache import IN_USE, cache_key, entry_keys
 from .errors import NO_LOCKS, BagError
 from .inspection import settings_of
 from .storage import storage_errors
@@ -68,7 +68,8 @@ def find_entries(cache_dir: Path) -> list[Entry]:
                 bag, needs = str(meta["bag"]), set(meta.get("entries", needs))
                 used_s = (path / "meta.json").stat().st_mtime
         files = [file for file in path.rglob("*") if file.is_file()]
-        if bag is None and match[1] and any(file.suffix not in (".rgb", ".npy", ".json", ".bin") for file in files):
+        ours = (".rgb", ".places", ".npy", ".json", ".bin")
+        if bag is None and match[1] and any(file.suffix not in ours for file in files):
             continue  # a folder of somebody else's
         size = sum(file.stat().st_size for file in files)
         found.append(Entry(path, match[1] or match[2], bag, size, used_s, needs))
@@ -87,7 +88,9 @@ def keys_needed(bag_dirs: Sequence[Path], configs: Sequence[Path]) -> set[str]:
         for bag in bags:
             with storage_errors(bag, bag.path):
                 content_hash = bag.content_hash()
-            keys |= {cache_key(bag, content_hash, settings_of(bag_dir, config)[0]) for config in configs or [None]}
+            for config in configs or [None]:
+                settings = settings_of(bag_dir, config)[0]
+                keys |= {*entry_keys(cache_key(bag, content_hash, settings), settings.frames)}
     return keys
 
 

@@ -145,6 +145,7 @@ def read_bag(
     on_message: Callable[[int, int], None] | None = None,
     scratch: Path | None = None,
     on_open: Callable[[dict[str, int]], None] | None = None,
+    on_picture: Callable[[str, int, str, bytes], None] | None = None,
 ) -> Recording:
     """One pass over a bag: joint positions by name for every message, images decoded and handed to `sink`.
 
@@ -156,6 +157,7 @@ def read_bag(
         on_message: called as on_message(images, bytes) for progress.
         scratch: folder to unpack file-compressed storage in.
         on_open: called once with {camera: number of images}, before any pixel.
+        on_picture: called as on_picture(camera, receive time in ns, type, bytes) with each message of a camera.
 
     Raises:
         BagError: anything that is wrong with the recording.
@@ -232,6 +234,8 @@ def read_bag(
                 markers.append(marker_value(message, where))
             if topic in camera_of:
                 camera = camera_of[topic]
+                if on_picture:
+                    on_picture(camera, receive_ns, msgtype, raw)
                 time_ns = time_stamp(message, receive_ns, settings.time_source, where)
                 if msgtype not in VIDEO_TYPES:
                     image, shape = read_image(message, msgtype, settings.image_resize, where, decode=sink is not None)

@@ -1,6 +1,6 @@
-"""Episodes to training samples: whole batches of state, images and a chunk of actions, straight from the cache.
+"""Episodes to training samples: whole batches of state, images and a chunk of actions, from the cache or the bags.
 
-Knows: which frame a sample is, where its chunk ends, how stored pixels are read.
+Knows: which frame a sample is, where its chunk ends, how stored pixels are read (those in the bags: in_place.py).
 Must not know: bags, how an episode's frames came about, normalisation, torch: samples are raw numpy arrays.
 """
 
@@ -14,16 +14,22 @@ from typing import Any
 import numpy as np
 
 from .cache import pixels_file
+from .in_place import PictureReader, PicturesInPlace, places_file
 from .synchronisation import Episode
 from .warm import put_away, taken_out
 
 MAX_FILES = 512  # that a dataset has open: half of what a process may by default
 
 
-def open_pixels(episode: Episode, camera: str) -> np.ndarray:
-    """(N, H, W, 3) uint8 memory map of an episode's stored images, in file order (see Episode.image_index)."""
+def open_pixels(episode: Episode, camera: str) -> np.ndarray | PicturesInPlace:
+    """(N, H, W, 3) uint8 of an episode's stored images, in file order (see Episode.image_index).
+
+    A memory map of the cache entry, or what reads each in the bag when it is asked for by its number.
+    """
     assert episode.entry is not None
     shape = (episode.stored_images[camera], *episode.image_shape[camera], 3)
+    if episode.source is not None:
+        return PicturesInPlace(episode.entry / places_file(camera), episode.source, camera, shape)
     return np.memmap(episode.entry / pixels_file(camera), np.uint8, "r", shape=shape)
 
 
@@ -68,6 +74,7 @@ class ChunkDataset:
             firsts = np.cumsum([0, *(owner.stored_images[camera] for owner in owners.values())]).tolist()
             first_of = dict(zip(owners, firsts, strict=False))
             self._first_image[camera] = [first_of[e.entry or e.name] for e in self.episodes]
+        self._reader = PictureReader() if any(e.source is not None for e in self.episodes) else None
         # (episode, camera) -> descriptor of the stored images, the latest MAX_FILES: there may be more of them than a
         # process can have open.
         self._files: dict[tuple[int, str], int] = {}
@@ -91,9 +98,14 @@ class ChunkDataset:
 
         Raises:
             OSError: the file cannot be read, or has been cut short since it was opened.
+            BagError: the same of a bag's file, or it holds something else.
         """
-        entry = self.episodes[e].entry
+        entry, source = self.episodes[e].entry, self.episodes[e].source
         assert entry is not None
+        if source is not None:
+            assert self._reader is not None
+            self._reader.read(entry / places_file(camera), source, camera, image, out)
+            return
         path = entry / pixels_file(camera)
         if (e, camera) not in self._files:
             if len(self._files) >= MAX_FILES:

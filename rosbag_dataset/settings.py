@@ -28,6 +28,7 @@ CHOICES = {
     "joint_resample": ("linear", "nearest"),
     "time_source": ("receive", "header"),
     "on_bad_bag": ("error", "skip"),
+    "frames": ("auto", "cache", "bags"),
     "episodes": ("bag", "gaps", "still", "marker", "file"),
     "action_mode": ("delta", "absolute", "relative"),
 }
@@ -39,6 +40,7 @@ SINCE: dict[str, Any] = {
     "action_source": NEXT_STATE, "command_topics": None, "command_max_age_ms": None,
     "episodes": "bag", "episode_pause_s": math.inf, "episode_marker_topic": None, "keep_failures": False,
     "trim_still_s": None, "min_episode_s": 0.0,
+    "frames": "cache",
 }  # fmt: skip
 
 Rule = tuple[bool, str, Any, str]  # whether it holds, the key, what was found, what is expected
@@ -50,7 +52,7 @@ class BagSettings:
 
     Attributes:
         bag_dir: folder that is searched recursively for bags.
-        cache_dir: folder for decoded frames.
+        cache_dir: folder for decoded frames, and for indices of those that stay in the bags.
         joint_topic: topic of sensor_msgs/msg/JointState.
         camera_topics: camera name -> topic of Image or CompressedImage; order is the model's camera order.
         one_camera: camera_topics is data.camera_topic, for messages that name the key.
@@ -83,6 +85,8 @@ class BagSettings:
         keep_failures: "file": keep episodes that their sidecar marks as failures.
         trim_still_s: cut the rest at the start of each episode to this, or None to keep it.
         min_episode_s: shorter episodes are left out.
+        frames: where pictures are read: "cache" (a decoded copy), "bags" (in place, by an index), or "auto" (in place
+            where that is quick: in_place.choose(); from a copy where there is one).
     """
 
     bag_dir: Path
@@ -115,6 +119,7 @@ class BagSettings:
     keep_failures: bool
     trim_still_s: float | None
     min_episode_s: float
+    frames: str
 
     @property
     def state_names(self) -> tuple[str, ...]:

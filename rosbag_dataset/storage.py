@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import os
 import shlex
 import sqlite3
+import struct
 import sys
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
@@ -46,6 +48,15 @@ class LimitError(Exception):
     """A storage file that asks for more than a recording can need; what it asks for, and what is expected."""
 
 
+class SlowAtRandom(Exception):
+    """Messages that nobody can read one at a time; what they are."""
+
+
+def connect(file: Path) -> sqlite3.Connection:
+    """Open a .db3 that nobody writes to."""
+    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1", uri=True)
+
+
 class Sqlite3Storage:
     """A .db3 file: two queries by the standard library, streaming, in the order of recording.
 
@@ -54,7 +65,7 @@ class Sqlite3Storage:
     """
 
     def __init__(self, file: Path) -> None:
-        self._db = sqlite3.connect(f"file:{quote(str(file.resolve()))}?immutable=1", uri=True)
+        self._db = connect(file)
         self._steps_left = SQL_STEPS_AT_LEAST + SQL_STEPS_PER_BYTE * file.stat().st_size
         self._db.set_progress_handler(self._count_steps, 10_000)
         # A view, a virtual table or a computed column has no bytes in the file: a few of its words are endless rows.
@@ -106,6 +117,22 @@ class Sqlite3Storage:
             if type(time_ns) is not int or type(data) is not bytes:  # sqlite types values, not columns
                 raise ValueError("a message's time stamp or data is not of its type")
             yield wanted[topic_id], time_ns, data
+
+    def places(self, connections: Sequence[Any]) -> Iterator[tuple[Any, int, int, int]]:
+        """(connection, receive time in ns, rowid, length in bytes) of each of messages(), without reading its bytes.
+
+        Raises:
+            SlowAtRandom: a row cannot be found by its rowid.
+        """
+        wanted = {c.id: c for c in connections}
+        marks = ", ".join("?" * len(wanted))
+        columns = "topic_id, timestamp, rowid, length(data)"
+        query = f"SELECT {columns} FROM messages WHERE topic_id IN ({marks}) ORDER BY id"
+        try:
+            for topic_id, time_ns, rowid, length in self._query(query, tuple(wanted)):
+                yield wanted[topic_id], time_ns, rowid, length
+        except sqlite3.OperationalError as error:  # a table that somebody made WITHOUT ROWID
+            raise SlowAtRandom(f"has rows that are not found one by one ({error})") from error
 
 
 class _SchemasWithoutDefinitions(dict):
@@ -175,6 +202,50 @@ class McapStorage(Reader):
     def definitions(self) -> dict[str, tuple[str, str]]:
         """As of Sqlite3Storage."""
         return cast(Any, self.storage).schemas.definitions
+
+    def places(self, connections: Sequence[Any]) -> Iterator[tuple[Any, int, int, int]]:
+        """(connection, receive time in ns, where its bytes begin, their number) of each message, as the file has them.
+
+        Raises:
+            SlowAtRandom: the file is compressed, in chunks.
+            ValueError: it is damaged.
+        """
+        storage, wanted = cast(Any, self.storage), {c.id: c for c in connections}
+        file = os.open(storage.path, os.O_RDONLY)
+        try:
+            for channel, time_ns, position, length in _mcap_messages(file, storage.data_start, storage.data_end):
+                if channel in wanted:
+                    yield wanted[channel], time_ns, position, length
+        finally:
+            os.close(file)
+
+
+def _mcap_messages(file: int, begin: int, end: int, in_chunk: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    """(channel, log time in ns, where its bytes begin, their number) of each message between two positions of an mcap.
+
+    Its specification, "Records": each has an operation (1 byte), a length (8), its content. A message's (5) begins with
+    22 bytes: channel, sequence, log time, publish time. A chunk's (6) with 28, a text that names the compression, and
+    the length of the records that follow.
+    """
+    while begin < end:
+        head = os.pread(file, 49, begin)
+        if len(head) < 9 or begin + 9 + (size := int.from_bytes(head[1:9], "little")) > end:
+            raise ValueError(f"the record at byte {begin} breaks off")
+        if head[0] == 5:
+            if size < 22:
+                raise ValueError(f"the message at byte {begin} is too short")
+            channel, _, time_ns = struct.unpack_from("<HIQ", head, 9)
+            yield channel, time_ns, begin + 31, size - 22
+        elif head[0] == 6:
+            if in_chunk or size < 40:
+                raise ValueError(f"the chunk at byte {begin} is none")
+            if int.from_bytes(head[37:41], "little"):
+                raise SlowAtRandom("is compressed in chunks, of which a picture takes a whole one")
+            records = int.from_bytes(head[41:49], "little")
+            if records > size - 40:
+                raise ValueError(f"the chunk at byte {begin} breaks off")
+            yield from _mcap_messages(file, begin + 49, begin + 49 + records, in_chunk=True)
+        begin += 9 + size
 
 
 Storage = McapStorage | Sqlite3Storage

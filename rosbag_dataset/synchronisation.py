@@ -16,6 +16,7 @@ import numpy as np
 
 from .commands import delay_s
 from .errors import BagError
+from .in_place import Source
 from .reading import Recording
 from .settings import BagSettings
 
@@ -50,10 +51,11 @@ class Episode:
     segments: np.ndarray  # (S, 2) int64: [start, stop) of each segment in 0..T
     image_index: dict[str, np.ndarray]  # camera -> (T,) int64, which stored image a frame shows
     sync_report: dict[str, Any]  # what became of the recording: an entry of sync_report.json, a row of sync_table()
-    entry: Path | None = None  # cache entry that holds the pixels
+    entry: Path | None = None  # cache entry that holds the pixels, or where they are
+    source: Source | None = None  # the recording's files, if its pictures are read there; None: the entry has pixels
     image_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as stored
     source_shape: dict[str, tuple[int, int]] = field(default_factory=dict)  # camera -> (H, W) as recorded
-    stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of images in the entry
+    stored_images: dict[str, int] = field(default_factory=dict)  # camera -> number of the recording's images
     content_hash: str = ""  # Bag.content_hash(): of the files' bytes
     recording_hash: str = ""  # Recording.sha256(): two bags with the same one are copies, whatever their bytes
     reference_rad: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (S,) around which angles are wrapped

@@ -275,7 +275,9 @@ def _store_names() -> dict[str, Stores]:
     return {s.value.removeprefix("ros2_"): s for s in Stores if s.value.startswith("ros2_")}
 
 
-def parse_message(raw: bytes, msgtype: str, ros_distro: str, where: str, typestore: Typestore | None = None) -> Any:
+def parse_message(
+    raw: bytes | memoryview, msgtype: str, ros_distro: str, where: str, typestore: Typestore | None = None
+) -> Any:
     """CDR bytes to a message object with ROS' field names; `where` is the bag, topic and message number, for errors.
 
     `typestore` is that of the distribution, if it is not one from bag_typestore().

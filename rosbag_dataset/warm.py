@@ -4,7 +4,7 @@ Beside the entries of the frame cache lies, for all bags of a start together,
 
     episodes-KEY/       KEY stands for the entries, every setting, sidecars and the code: nothing here is ever stale
         COLUMN.bin      the episodes' arrays, those of one name one after the other: (N, ...) for N frames in all
-        episodes.json   columns with their types and shapes; of each episode everything else, but
+        episodes.json   columns with their types and shapes; of each episode everything else, but `source`, and
         reports.json    sync reports; and what was left out
         meta.json       the entries' names, for pruning.py; it was last used at this file's time of change
 
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from .bags import Bag
-from .cache import flush, locked, save, use
+from .cache import find_entry, flush, locked, save, use
 from .cutting import LeftOut
 from .settings import BagSettings
 from .sidecar import sidecar_path
@@ -62,7 +62,8 @@ def kept_key(bags: Sequence[Bag], keys: dict[str, str], settings: BagSettings) -
         if field.name not in NOT_OF_THE_DATA:
             parts.append([field.name, repr(getattr(settings, field.name))])  # of mappings with their order
     for bag in bags:
-        parts.append([keys[bag.name], _stamp(settings.cache_dir / keys[bag.name])])
+        entry = find_entry(keys[bag.name], settings)
+        parts.append([keys[bag.name], entry and [entry.name, _stamp(entry)]])
         if settings.episodes == "file":
             parts.append(sidecar_path(bag).read_bytes().hex())
     return PREFIX + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -159,7 +160,7 @@ def _write(folder: Path, entries: Sequence[str], made: Made) -> list[LeftOut] | 
                         files[name] = stack.enter_context((folder / f"{name}.bin").open("wb"))
                         types[name] = column.dtype.str, column.shape[1:]
                     files[name].write(np.ascontiguousarray(column).data.cast("B"))
-                fields = episode.__dict__.keys() - {*_with_columns({}), "sync_report", "kept", "entry"}
+                fields = episode.__dict__.keys() - {*_with_columns({}), "sync_report", "kept", "entry", "source"}
                 as_json = {name: getattr(episode, name) for name in sorted(fields)}
                 as_json = {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in as_json.items()}
                 assert episode.entry is not None

@@ -67,6 +67,7 @@ RESTS = "test_cutting.py::test_rests_separate[mcap]"
 SIDECAR = "test_cutting.py::test_a_sidecar_separates[mcap]"
 ONE_BAG = "test_cut_runs.py::test_one_bag_with_three_demonstrations_holds_one_out"
 FEW_FRAMES = "test_cut_runs.py::test_the_summary_of_a_long_episode_looks_at_few_frames"
+CHANGED = "test_in_place.py::test_a_bag_that_changes_under_a_run_is_one_line[one bit-mcap]"
 SPLIT = "test_train.py::test_training_and_validation_see_their_own_episodes"
 
 MUTANTS = [
@@ -363,6 +364,30 @@ MUTANTS = [
     Mutant("summary: it is deaf to signals", "training/summary.py",
            "if name := stop_request():", 'if name := "":',
            "test_cut_runs.py::test_a_signal_during_the_summary_ends_it"),
+    # Pictures in the bags.
+    Mutant("in place: another picture in its place is trained on", "rosbag_dataset/in_place.py",
+           " or checksum(data) != place.checksum:", ":", CHANGED),
+    Mutant("in place: some bits are in no checksum", "rosbag_dataset/in_place.py",
+           "(2 * np.arange(1024, dtype=np.uint64) + 1)", "(2 * np.arange(1024, dtype=np.uint64))",
+           "test_in_place.py::test_a_checksum_notices_any_bit_and_any_order"),
+    Mutant("in place: the picture before is shown", "rosbag_dataset/in_place.py",
+           "PLACE.size, image * PLACE.size)", "PLACE.size, max(0, image - 1) * PLACE.size)",
+           "test_in_place.py::test_samples_are_equal_bit_by_bit[raw-mcap]"),
+    Mutant("in place: files stay open", "rosbag_dataset/in_place.py",
+           "if len(self._open) >= MAX_OPEN_FILES:", "if False:",
+           "test_in_place.py::test_few_files_are_open_and_none_is_mapped"),
+    Mutant("in place: a copy that is there is not used", "rosbag_dataset/cache.py",
+           '"auto": (key, index_key(key))}', '"auto": (index_key(key),)}',
+           "test_in_place.py::test_a_copy_that_is_there_is_used"),
+    Mutant("in place: what is slow to decode stays in the bags", "rosbag_dataset/in_place.py",
+           "if cpu_ms > MAX_CPU_MS:", "if False:",
+           "test_in_place.py::test_auto_says_what_a_copy_would_take_and_what_it_measured"),
+    Mutant("in place: a damaged index passes for a whole one", "rosbag_dataset/cache.py",
+           "entry / places_file(camera), PLACE.size", "entry / places_file(camera), 1",
+           "test_in_place.py::test_a_damaged_index_is_made_again[cut]"),
+    Mutant("in place: the line of a worker comes with its traceback", "training/failures.py",
+           "return said_by_worker(str(error))", "return str(error)",
+           "test_in_place.py::test_the_line_of_a_loaders_process_is_one_line"),
     # Statistics.
     Mutant("statistics: of relative actions only the first counts", "rosbag_dataset/statistics.py",
            "range(1, min(chunk_size, count) + 1)", "range(1, 2)",

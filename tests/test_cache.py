@@ -81,6 +81,7 @@ AFTER_THE_CACHE = dict(
     keep_failures=True,
     trim_still_s=0.5,
     min_episode_s=1.0,
+    frames="bags",  # an index is an entry of its own: cache.index_key()
     bag_dir=Path("elsewhere"),
     cache_dir=Path("elsewhere"),
 )

@@ -106,7 +106,7 @@ def test_every_key_is_read(
 
     for made_of_settings in READ_FROM:
         monkeypatch.setattr(made_of_settings, "__getattribute__", spy)
-    monkeypatch.setattr(episodes, "build_entries", lambda *args: [])  # bags are decoded in this process, then
+    monkeypatch.setattr(episodes, "build_entries", lambda *args: ([], []))  # bags are decoded in this process, then
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     output = run(sample_bags, tmp_path, data__cache_dir=tmp_path / "cache", **SWITCHED_ON)

@@ -62,7 +62,7 @@ def test_a_warm_start_does_nothing_again(bag_dir, monkeypatch):
     assert made[0][0].kept is None and not kept(wanted.cache_dir)
     first = load(wanted)
     for module, name in (
-        (cache, "read_bag"), (bags, "load_yaml"), (Bag, "content_hash"), (loading, "load_entry"), (loading, "cut"),
+        (cache, "read_bag"), (bags, "load_yaml"), (Bag, "content_hash"), (loading, "open_entry"), (loading, "cut"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, fail)
     second = load(wanted)

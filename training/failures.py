@@ -22,7 +22,7 @@ def explain(error: Exception, world: World | None) -> str | None:
     to say why, and then prints the run's line.
     """
     if isinstance(error, (ConfigError, BagError, CheckpointError, TrainingError)):
-        return str(error)
+        return said_by_worker(str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU is out of memory; lower training.batch_size or conventions.image_resize ({str(error):.100})"
     if isinstance(error, OSError):
@@ -41,6 +41,12 @@ def explain(error: Exception, world: World | None) -> str | None:
         time.sleep(2)
         return f"rank {world.rank}: {collective_fault(str(error))}"
     return None
+
+
+def said_by_worker(text: str) -> str:
+    """The message of an error, without the traceback that torch puts before that of one in a loader's process."""
+    in_worker = re.match(r"Caught (\w+) in DataLoader worker process", text)
+    return text.rpartition(f".{in_worker[1]}: ")[2].strip() if in_worker else text
 
 
 def collective_fault(text: str) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,6 +186,8 @@ def name_samples(dataset: ChunkDataset, stream: SampleStream, first: int, count:
 
 # -- frames on the device -----------------------------------------------------------------------------------------
 
+BLOCK, LOADING_THREADS = 64, 8  # images that are loaded at once, by how many threads: a GPU's host has that many cores
+
 
 class DeviceFrames:
     """All decoded frames of some episodes on the device, so that the loader sends indices instead of pixels.
@@ -208,9 +211,17 @@ class DeviceFrames:
             self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
             first = 0
             for episode in owners:
-                pixels = open_pixels(episode, camera)
-                self.frames[camera][first : first + len(pixels)] = torch.from_numpy(pixels.copy())
-                first += len(pixels)
+                stored = episode.stored_images[camera]
+                with ThreadPoolExecutor(LOADING_THREADS) as pool:  # reading, decoding and copying wait for no other
+                    blocks = [(episode, camera, start, first) for start in range(0, stored, BLOCK)]
+                    list(pool.map(self._load, blocks))
+                first += stored
+
+    def _load(self, block: tuple[Episode, str, int, int]) -> None:
+        """Copy up to BLOCK images of an episode, from `start` on, to the device; its first is number `first` there."""
+        episode, camera, start, first = block
+        images = np.array(open_pixels(episode, camera)[start : start + BLOCK])
+        self.frames[camera][first + start : first + start + len(images)] = torch.from_numpy(images)
 
     def look_up(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace each image_index.<camera> (B,) by observation.images.<camera> (B, H, W, 3) uint8."""

@@ -28,18 +28,18 @@ from tqdm import tqdm
 from rosbag_dataset import (
     Bag,
     BagError,
-    EntryError,
     Episode,
-    build_entry,
     cache_key,
     clean_cache,
     cut,
     cut_settings,
     find_bags,
-    load_entry,
+    find_entry,
+    open_entry,
     open_pixels,
     settings_from,
     sidecar_path,
+    source_of,
 )
 
 
@@ -153,16 +153,17 @@ def frame_range(name: str, count: int, start: int, stop: int | None) -> range:
 class BagSource:
     """ROS 2 bags as an EpisodeSource: the episodes that training makes of them, numbered over all bags by name.
 
-    A bag is decoded when it is first asked for (into `cache_dir`, which may be the training's: then nothing is decoded
-    twice), so that evaluating the held-out few does not cost decoding all. But where training cut bags into episodes
-    (data.episodes), which ones there are is known only when all bags are decoded. A bag that cannot be used counts as
-    one episode, and is an error when it is asked for, whatever `on_bad_bag` was in training.
+    A bag is decoded when it is first asked for, so that evaluating the held-out few does not cost decoding all. What is
+    found goes into `cache_dir`, which may be the training's (then nothing is decoded twice): an index of its pictures,
+    or these where they cannot be read in the bag. But where training cut bags into episodes (data.episodes), which ones
+    there are is known only when all bags are decoded. A bag that cannot be used counts as one episode, and is an error
+    when it is asked for, whatever `on_bad_bag` was in training.
 
     Args:
         bag_dir: searched recursively for bags.
         values: the merged `data` and `conventions` of the checkpoint's train_config.json: topics, joints, fps, resize,
-            sign, wrapping, action mode, what an episode is. Its bag_dir and cache_dir are ignored.
-        cache_dir: folder for decoded frames.
+            sign, wrapping, action mode, what an episode is. Its bag_dir, cache_dir and frames are ignored.
+        cache_dir: folder for decoded frames, or where they are.
         angle_reference_rad: the contract's, around which angles are wrapped; None is 0 for each joint.
         progress: show a progress bar while decoding, when stderr is a terminal.
 
@@ -182,7 +183,8 @@ class BagSource:
         self._angle_reference_rad = None if angle_reference_rad is None else np.array(angle_reference_rad)
         with self._bag_errors("the checkpoint's settings"):
             # What frames there are of a bag can be judged; to learn from, they may have been too few.
-            asked_for = {"bag_dir": self._dir, "cache_dir": Path(cache_dir), "min_used_share": 0.0}
+            # Each is looked at once: no copy of its pixels is worth making.
+            asked_for = {"bag_dir": self._dir, "cache_dir": Path(cache_dir), "min_used_share": 0.0, "frames": "auto"}
             self._settings = settings_from({**values, **asked_for})
         try:
             self._bags: list[Bag] = find_bags(self._dir)
@@ -259,25 +261,22 @@ class BagSource:
         return EpisodeData(index, episode.name, timestamp_s, episode.state.copy(), action, segment)
 
     def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
-        """Frames start <= i < stop (None: to the end) in order, copied out of the cache.
+        """Frames start <= i < stop (None: to the end) in order, copied out of the cache or read in the bag.
 
         Raises:
-            SourceError: there is no such bag or range, or the bag cannot be used.
+            SourceError: there is no such bag or range, or the bag cannot be used; while iterating when it has changed.
         """
         data = self.episode(index)
         episode = self._load(index)
         wanted = frame_range(episode.name, len(episode.time_ns), start, stop)
         # Memory maps: what has been read is page cache, which the system takes back when it needs it.
         pixels = {camera: open_pixels(episode, camera) for camera in episode.image_shape}
-        return (
-            Frame(
-                i,
-                float(data.timestamp_s[i]),
-                data.state_rad[i],
-                {camera: np.array(stored[episode.image_index[camera][i]]) for camera, stored in pixels.items()},
-            )
-            for i in wanted
-        )
+
+        def images(i: int) -> dict[str, np.ndarray]:
+            with self._bag_errors(str(self._dir)):
+                return {camera: np.array(stored[episode.image_index[camera][i]]) for camera, stored in pixels.items()}
+
+        return (Frame(i, float(data.timestamp_s[i]), data.state_rad[i], images(i)) for i in wanted)
 
     @cached_property
     def _episodes(self) -> list[tuple[str, int, int]]:
@@ -310,18 +309,15 @@ class BagSource:
         bag, settings = self._bags[number], self._settings
         with self._bag_errors(str(self._dir)):
             key = cache_key(bag, bag.content_hash(), settings)
-            entry, cameras = settings.cache_dir / key, list(settings.camera_topics)
-            try:
-                recording = load_entry(entry, cameras)
-            except EntryError:
+            new = find_entry(key, settings) is None
+            if new:
                 clean_cache(settings.cache_dir)
-                total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
-                with tqdm(
-                    total=total or None, desc=f"decoding {bag.name}", unit="image", leave=False,
-                    disable=not self._progress,
-                ) as bar:  # fmt: skip
-                    build_entry(bag, key, settings, lambda images, size: bar.update(images))
-                recording = load_entry(entry, cameras)
+            total = sum((bag.claimed or {}).get(topic, 0) for topic in settings.camera_topics.values())
+            with tqdm(
+                total=total or None, desc=f"decoding {bag.name}", unit="image", leave=False,
+                disable=not (self._progress and new),
+            ) as bar:  # fmt: skip
+                entry, recording = open_entry(bag, key, settings, True, lambda images, size: bar.update(images))
             episodes, left_out = cut(bag, recording, settings, self._angle_reference_rad)
         if not episodes:
             raise SourceError(f"{self._dir}: {bag.name}: no episode in it: {left_out[0]['why']}")
@@ -332,7 +328,7 @@ class BagSource:
                 f"{first.image_shape} (HxW), and the checkpoint's settings do not resize them; evaluate them apart"
             )
         for episode in episodes:
-            episode.entry = entry
+            episode.entry, episode.source = entry, None if entry.name == key else source_of(bag, settings)
         self._loaded[number] = episodes
         return episodes
 
