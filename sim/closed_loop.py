@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.policy_runner import step_together
-from ur10e_deploy.ur10e import JOINT_NAMES
 
 from sim.expert import Expert
 from sim.scene import BLOCK_HIGH_M, BLOCK_LOW_M
 from sim.world import TIMEOUT_S
+from ur10e import JOINT_NAMES
 
 TOGETHER = 25  # episodes that run side by side and share inferences
 # Groups of episodes at a time: while one infers, another renders. More would wait for each other's Python code.

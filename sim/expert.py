@@ -7,9 +7,9 @@ on the block's place only, so a policy that sees the image and the joints can le
 """
 
 import numpy as np
-from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 
 from sim.scene import BLOCK_SIDE_M, random_scene
+from ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics
 
 # Box of the tip's start. An arm that starts anywhere looks, before it moves, like one that is half-way there; people
 # start near a home pose, and so does this one, within 10 x 20 x 10 cm.

@@ -37,10 +37,10 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
-from ur10e_deploy.ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 from sim import scene as scenes
 from sim.expert import random_episode
+from ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 JOINT_TOPIC, JOINT_HZ = "/joint_states", 125
 CAMERA_TOPIC, CAMERA_HZ = "/camera/color/image_raw", 30

@@ -5,10 +5,10 @@ Must not know: policies, checkpoints, pixels, files.
 """
 
 import numpy as np
-from ur10e_deploy.ur10e import link_frames, tool_tip
 
 from sim.scene import BLOCK_SIDE_M
 from sim.world import TOLERANCE_M, goal_m
+from ur10e import link_frames, tool_tip
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 

@@ -6,9 +6,9 @@ Must not know: policies, what is reported in words.
 
 import cv2
 import numpy as np
-from ur10e_deploy.ur10e import tool_tip
 
 from sim.scene import Renderer, block_corners
+from ur10e import tool_tip
 
 # Okabe and Ito's, which people with any colour vision can tell apart.
 DONE_RGB, FAILED_RGB, OPEN_RGB = (0, 158, 115), (213, 94, 0), (90, 94, 100)

@@ -4,7 +4,6 @@ Knows: the files and the words of the report.
 Must not know: how a policy is run, how anything is measured.
 """
 
-import base64
 import importlib.util
 import json
 import re
@@ -13,14 +12,14 @@ from html import escape
 
 import cv2
 import numpy as np
-from ur10e_deploy.report import STYLE
 from ur10e_deploy.results import Output
-from ur10e_deploy.ur10e import JOINT_NAMES, tool_tip
 
+import report_page
 from sim import rollout_pictures as pictures
 from sim.closed_loop import POLICY
 from sim.scene import BLOCK_SIDE_M
 from sim.world import HELD_S, goal_m
+from ur10e import JOINT_NAMES, tool_tip
 
 FILES = re.compile(r"report\.html|rollouts\.json|steps\.parquet|rollouts\.mp4|contact_sheet\.png|top_view\.png")
 LAST = "rollouts.json"
@@ -189,26 +188,24 @@ def screen(summary, folder):
 def html(summary, folder):
     """The page, self-contained: video and pictures of `folder` are inside it, and nothing is loaded from anywhere."""
     policy, task = summary["policy"], summary["task"]
-    boxes = "".join(
-        f'<div class="verdict {"yes" if good else "no"}">{"✓" if good else "✗"} {escape(text)}</div>'
-        for good, text in claims(summary)
-    )
     parts = [
         f"<h1>{escape(policy['name'])}: closed loop</h1>",
         f'<p class="sub">{policy["parameters"] / 1e6:.1f} M parameters, mode {policy["mode"]}, in the simulated cell, '
         f"scenes of seed {summary['selection']['seed']}, {escape(summary['created'])}</p>",
-        f'<div class="verdicts">{boxes}</div>',
+        report_page.verdicts(claims(summary)),
+        report_page.notes(summary["notes"]),
     ]
-    if summary["notes"]:
-        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in summary["notes"]) + "</ul>")
-    parts += ["<h2>Success</h2>", _table(SUCCESS_HEADER, [_success_row(*row) for row in table_rows(summary)])]
+    parts += [
+        "<h2>Success</h2>",
+        report_page.table(SUCCESS_HEADER, [_success_row(*row) for row in table_rows(summary)]),
+    ]
     parts.append(
         f"<p>An episode succeeds when {escape(task['criterion'])}: "
         f"{1e3 * task['tolerance_m']:g} mm of a block of {1e3 * BLOCK_SIDE_M:g} mm, {task['timeout_s']:g} s. The "
         "interval is Wilson's, 95 %. A baseline that does well means that the scenes do not ask for what the policy "
         "is to show.</p>"
     )
-    parts += ["<h2>Motion</h2>", _table(MOTION_HEADER, [_motion_row(*row) for row in table_rows(summary)])]
+    parts += ["<h2>Motion</h2>", report_page.table(MOTION_HEADER, [_motion_row(*row) for row in table_rows(summary)])]
     for name, title in (
         ("rollouts.mp4", "The first roll-outs, whatever became of them"),
         ("contact_sheet.png", "How each ended: episode and final distance"),
@@ -216,15 +213,14 @@ def html(summary, folder):
     ):
         if (folder / name).exists():
             parts += [f"<h2>{title}</h2>", _embedded(folder / name)]
-    parts += ["<h2>Episodes</h2>", _table(EPISODE_HEADER, [_episode_row(row) for row in summary["episodes"]])]
+    parts += [
+        "<h2>Episodes</h2>",
+        report_page.table(EPISODE_HEADER, [_episode_row(row) for row in summary["episodes"]]),
+    ]
     parts.append("<h2>What was run</h2>")
-    parts += [_facts(name, summary[name]) for name in ("policy", "task", "selection", "versions")]
+    parts += [report_page.facts(name, summary[name]) for name in ("policy", "task", "selection", "versions")]
     parts.append("<footer>Numbers: <code>rollouts.json</code>; every step: <code>steps.parquet</code>.</footer>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(policy['name'])}: closed loop</title><style>{STYLE} video {{ width: 100%; }}</style></head>\n"
-        "<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return report_page.page(f"{policy['name']}: closed loop", parts, "video { width: 100%; }")
 
 
 SUCCESS_HEADER = [
@@ -272,23 +268,8 @@ def _episode_row(row):
     ]  # fmt: skip
 
 
-def _table(header, rows):
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _facts(name, facts):
-    rows = "".join(
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(str(value))}</code></td></tr>"
-        for key, value in facts.items()
-        if value is not None
-    )
-    return f'<details><summary>{escape(name)}</summary><table class="facts">{rows}</table></details>'
-
-
 def _embedded(path):
-    data = base64.b64encode(path.read_bytes()).decode()
     if path.suffix == ".mp4":
-        return f'<video controls loop muted autoplay playsinline src="data:video/mp4;base64,{data}"></video>'
-    return f'<img alt="{escape(path.name)}" loading="lazy" src="data:image/png;base64,{data}">'
+        address = report_page.data_uri(path.read_bytes(), "video/mp4")
+        return f'<video controls loop muted autoplay playsinline src="{address}"></video>'
+    return report_page.picture(path.name, path.read_bytes())

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from ur10e_deploy.ur10e import TOOL_LENGTH_M, link_frames
+
+from ur10e import TOOL_LENGTH_M, link_frames
 
 # The fixed camera, as calibrated at 640x480 (pixel centres at integers); no lens distortion.
 CALIBRATED_HEIGHT, CALIBRATED_WIDTH = 480, 640

@@ -16,10 +16,10 @@ Must not know: policies, checkpoints, how many worlds there are, what is reporte
 from dataclasses import dataclass, replace
 
 import numpy as np
-from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, tool_tip
 
 from sim.expert import random_episode
 from sim.scene import BLOCK_SIDE_M, Renderer
+from ur10e import SPEED_LIMIT_RAD_S, tool_tip
 
 CONTROL_HZ = 30.0
 IMAGE_AGE_S = 0.016  # from capture to the message's arrival; the middle of the recorder's CAMERA_LATENCY_S

@@ -25,7 +25,6 @@ from ur10e_deploy.lerobot_dataset import LeRobotDatasetSource
 from ur10e_deploy.policy_runner import PolicyRunner
 from ur10e_deploy.results import positions_ahead, screen
 from ur10e_deploy.sources import AbsentVideo, BagSource, EpisodeData
-from ur10e_deploy.ur10e import link_frames
 
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import UR_JOINTS, ChunkDataset, Episode, load_episodes, settings_from, wrap_to_pi
@@ -33,6 +32,7 @@ from tests.bags import make_take, write_bag
 from tests.once import once
 from tests.policies import contract_of, exchange, trained, trained_absolute, trained_relative
 from tests.tiny import ROOT
+from ur10e import link_frames
 
 __all__ = ["exchange", "trained", "trained_absolute", "trained_relative"]  # fixtures
 

@@ -13,6 +13,7 @@ import pytest
 
 import rosbag_dataset
 from tests.checks import ROOT
+from training.identity import BESIDE
 
 
 def imports_of(package: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
@@ -73,10 +74,13 @@ def project_modules() -> set[str]:
 
 # package -> what else of the project it may import; heavy libraries that it must do without
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "rosbag_dataset": (set(), {"torch", "torchvision", "lerobot"}),
+    "rosbag_dataset": ({"report_page", "ur10e"}, {"torch", "torchvision", "lerobot"}),
     "lerobot_checkpoint": ({"act_model"}, {"lerobot", "wandb"}),
     "training": ({"act_model", "lerobot_checkpoint", "rosbag_dataset"}, {"lerobot"}),
-    "deploy/ur10e_deploy": ({"act_model", "lerobot_checkpoint", "rosbag_dataset"}, {"wandb"}),
+    "deploy/ur10e_deploy": (
+        {"act_model", "lerobot_checkpoint", "report_page", "rosbag_dataset", "ur10e"},
+        {"wandb"},
+    ),
 }
 
 
@@ -96,6 +100,18 @@ def test_nothing_from_above(package: str):
     forbidden = (project_modules() - {Path(package).name} - allowed) | without
     assert {"train", "sim", "tests", "benchmarks"} <= forbidden
     assert {room: names & forbidden for room, names in outside.items() if names & forbidden} == {}
+
+
+@pytest.mark.parametrize("module", ["report_page", "ur10e"])
+def test_what_all_may_import_imports_nothing(module: str):
+    """What a page looks like, and how the arm moves: of this project they need nothing, so that anything may use them;
+    and of rosbag_dataset only its commands do, because OSMO does not inject them."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in names} & project_modules()
+    _, outside = imports_of(ROOT / "rosbag_dataset")
+    assert {f"{room}.py" for room, of in outside.items() if module in of} <= BESIDE
 
 
 def test_only_tests_benchmarks_and_submit_import_train():

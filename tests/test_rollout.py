@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from ur10e_deploy.policy_runner import PolicyRunner, step_together
 from ur10e_deploy.sources import BagSource
-from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics, link_frames, tool_tip
 
 from sim import rollout, rollout_pictures
 from sim.closed_loop import GREY, MEAN_BLOCK, OTHER
@@ -32,6 +31,7 @@ from tests.policies import (
     trained_relative,
     two_cameras_contract,
 )
+from ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics, link_frames, tool_tip
 
 __all__ = ["trained", "trained_absolute", "trained_relative"]  # fixtures
 SIZE = (96, 128)  # of sample_bags

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_typestore
-from ur10e_deploy.ur10e import (
+
+from sim import record as recorder
+from sim.expert import Expert, random_episode
+from sim.record import camera_times, joint_times, record
+from sim.scene import BLOCK_HIGH_M, BLOCK_LOW_M, BLOCK_SIDE_M, Renderer, block_corners, camera
+from ur10e import (
     JOINT_NAMES,
     POSITION_LIMIT_RAD,
     SPEED_LIMIT_RAD_S,
@@ -20,11 +25,6 @@ from ur10e_deploy.ur10e import (
     link_frames,
     tool_tip,
 )
-
-from sim import record as recorder
-from sim.expert import Expert, random_episode
-from sim.record import camera_times, joint_times, record
-from sim.scene import BLOCK_HIGH_M, BLOCK_LOW_M, BLOCK_SIDE_M, Renderer, block_corners, camera
 
 SMALL = dict(height=48, width=64)
 ROOT = Path(__file__).resolve().parents[1]

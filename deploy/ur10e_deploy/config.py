@@ -23,8 +23,7 @@ import numpy as np
 
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
 from rosbag_dataset import CHOICES, NEXT_STATE, UR_JOINTS, action_unit, wrap_to_pi
-
-from .ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
+from ur10e import JOINT_NAMES, POSITION_LIMIT_RAD
 
 CONTROL_HZ = 30.0  # the rate at which the robot is commanded: what "real-time" is decided on
 ENSEMBLE_M = 0.01  # of temporal ensembling when the checkpoint has no coefficient of its own (arXiv 2304.13705)

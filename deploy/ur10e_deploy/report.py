@@ -5,7 +5,6 @@ Colours are Okabe and Ito's, which people with any colour vision can tell apart;
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+
+import report_page
 
 from .config import CONTROL_HZ, RobotContract
 from .episode_result import EpisodeResult
@@ -331,22 +332,6 @@ def _cycle(count: int) -> list[str]:
 
 # -- the page -------------------------------------------------------------------------------------------------------
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1200px; margin: 2rem auto;
-       padding: 0 1.5rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ddd; }
-p.sub { color: #666; margin: .2rem 0 1.2rem; }
-.verdicts { display: flex; flex-wrap: wrap; gap: .8rem; }
-.verdict { flex: 1 1 20rem; border-left: 6px solid; padding: .6rem 1rem; background: #f6f7f8; font-weight: 600; }
-.yes { border-color: #0072B2; } .no { border-color: #D55E00; }
-table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #eee; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; } table.facts td { text-align: left; }
-img { width: 100%; height: auto; margin: .5rem 0; } .wide { overflow-x: auto; }
-ul.notes { background: #fdf6e3; padding: .7rem 1rem .7rem 2rem; margin: 1rem 0; }
-code { font-size: .9em; overflow-wrap: anywhere; } footer { color: #666; margin-top: 3rem; font-size: .9rem; }
-"""
-
 
 def html(summary: Mapping[str, Any], folder: Path) -> str:
     """The page, self-contained: pictures of `folder` are inside it, and nothing is loaded from anywhere."""
@@ -358,14 +343,10 @@ def html(summary: Mapping[str, Any], folder: Path) -> str:
         )
         for gate in summary["verdict"]["gates"]
     ]
-    boxes = "".join(
-        f'<div class="verdict {"yes" if good else "no"}">{"✓" if good else "✗"} {escape(text)}</div>'
-        for good, text in verdicts
-    )
-    boxes += f'<p class="sub">{escape(NO_PROMISE[0].upper() + NO_PROMISE[1:])}. ' + "; ".join(
+    said = f'<p class="sub">{escape(NO_PROMISE[0].upper() + NO_PROMISE[1:])}. ' + "; ".join(
         f"{row['seconds']:g} s ahead {escape(ahead_text(row))}" for row in summary["position_ahead"]
     )
-    boxes += "</p>"
+    said += "</p>"
     backend = f"{policy['backend']} {policy['backend_version'] or ''}".strip()
     steps = f", step {policy['step']}" if policy["step"] is not None else ""
     parts = [
@@ -373,11 +354,9 @@ def html(summary: Mapping[str, Any], folder: Path) -> str:
         f'<p class="sub">ACT, {policy["parameters"] / 1e6:.1f} M parameters{steps}, on {len(summary["episodes"])} '
         f"recorded episodes ({summary['frames']} frames), {escape(backend)} on {escape(policy['device_name'])}, "
         f"{escape(summary['created'])}</p>",
-        f'<div class="verdicts">{boxes}</div>',
+        report_page.verdicts(verdicts, said),
     ]
-    if summary["notes"]:
-        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in summary["notes"]) + "</ul>")
-
+    parts.append(report_page.notes(summary["notes"]))
     parts += [f"<h2>Error per joint, {escape(unit)}</h2>", _error_table(summary), _picture(folder, "overview.png")]
     if summary["rollout"]:
         parts += ["<h2>Rollout</h2>", _rollout_table(summary["rollout"])]
@@ -393,24 +372,14 @@ def html(summary: Mapping[str, Any], folder: Path) -> str:
         "p99 of the steps that inferred.</p>"
     )
     parts.append("<h2>What was evaluated</h2>")
-    parts += [_facts(name, summary[name]) for name in ("policy", "contract", "dataset", "selection", "versions")]
+    for name in ("policy", "contract", "dataset", "selection", "versions"):
+        parts.append(report_page.facts(name, summary[name], opened=name == "policy"))
     parts.append(
         "<footer>The policy saw the recorded states and images (“teacher-forced”). <i>No motion</i> keeps the arm "
         "where it is; <i>mean action</i> is the mean of the training data. Numbers: <code>summary.json</code>; every "
         "step: <code>episode_*.parquet</code>, with units in the schema.</footer>"
     )
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(policy['name'])}: offline evaluation</title>"
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return report_page.page(f"{policy['name']}: offline evaluation", parts)
 
 
 def _error_table(summary: Mapping[str, Any]) -> str:
@@ -432,7 +401,7 @@ def _error_table(summary: Mapping[str, Any]) -> str:
         "mean action: mean",
         "better than both",
     ]
-    return _table(["joint", *header], texts)
+    return report_page.table(["joint", *header], texts)
 
 
 def _rollout_table(rollout: Mapping[str, Any]) -> str:
@@ -440,7 +409,9 @@ def _rollout_table(rollout: Mapping[str, Any]) -> str:
     rows += [[j, f"{of['final_mean_rad']:.4f}", f"{of['max_rad']:.4f}"] for j, of in rollout["per_joint"].items()]
     for name, of in rollout["per_other_state"].items():
         rows.append([f"{name}, {of['unit'] or 'no unit said'}", f"{of['final_mean']:.4f}", f"{of['max']:.4f}"])
-    return f"<p>{escape(rollout['explained'])}.</p>" + _table(["joint", "at the end, mean, rad", "largest, rad"], rows)
+    return f"<p>{escape(rollout['explained'])}.</p>" + report_page.table(
+        ["joint", "at the end, mean, rad", "largest, rad"], rows
+    )
 
 
 def _episode_table(summary: Mapping[str, Any]) -> str:
@@ -449,7 +420,7 @@ def _episode_table(summary: Mapping[str, Any]) -> str:
         seen = {True: "yes", False: "no", None: "unknown"}[episode["trained_on"]]
         mae = [f"{episode['mae'][name]:.5f}" for name in POLICY_COLOURS]
         rows.append([episode["name"], str(episode["frames"]), *mae, f"{episode['max']:.5f}", seen])
-    return _table(["episode", "frames", *POLICY_COLOURS, "largest error", "trained on"], rows)
+    return report_page.table(["episode", "frames", *POLICY_COLOURS, "largest error", "trained on"], rows)
 
 
 def _latency_table(latency: Mapping[str, Any]) -> str:
@@ -458,21 +429,9 @@ def _latency_table(latency: Mapping[str, Any]) -> str:
         of = latency[kind]
         times = ["" if of[p] is None else f"{of[p]:.3f}" for p in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
         rows.append([name, str(of["count"]), *times])
-    return _table(["step", "count", "p50", "p95", "p99", "largest"], rows)
-
-
-def _facts(name: str, facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(str(value))}</code></td></tr>"
-        for key, value in facts.items()
-        if value is not None
-    )
-    opened = " open" if name == "policy" else ""
-    return f'<details{opened}><summary>{escape(name)}</summary><table class="facts">{rows}</table></details>'
+    return report_page.table(["step", "count", "p50", "p95", "p99", "largest"], rows)
 
 
 def _picture(folder: Path, name: str) -> str:
-    if not (folder / name).exists():
-        return ""
-    data = base64.b64encode((folder / name).read_bytes()).decode()
-    return f'<img alt="{escape(name)}" loading="lazy" src="data:image/png;base64,{data}">'
+    path = folder / name
+    return report_page.picture(name, path.read_bytes()) if path.exists() else ""

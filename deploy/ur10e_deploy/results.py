@@ -20,6 +20,7 @@ import torch
 from act_model import ACTION
 from lerobot_checkpoint import PRETRAINED_DIR, WEIGHTS_FILE, file_sha256
 from rosbag_dataset import no_motion
+from ur10e import JOINT_NAMES, link_frames
 
 from . import report
 from .checks import EvalError
@@ -27,7 +28,6 @@ from .config import RobotContract
 from .episode_result import ChunkErrors, EpisodeResult
 from .policy_runner import PolicyRunner
 from .sources import EpisodeSource
-from .ur10e import JOINT_NAMES, link_frames
 
 DRIFT_INTERVAL_S = 0.25  # the drift of rollouts is averaged over intervals of so much time since their start
 RESULT_FILE = re.compile(
