@@ -19,7 +19,8 @@ The way of the data, with the room (module) that does each step:
 Beside that way: settings.py (what to read, and how), config.py (YAML and overrides into any schema), statistics.py
 (means and deviations for normalisation), reports.py (what became of the bags, as text), definitions.py (message types
 that only the bag knows), errors.py. Commands, which a training does not need: inspection.py (`python -m rosbag_dataset
-DIR` looks at a folder and writes nothing), pruning.py (`... cache DIR` looks at the cache, and removes from it),
+DIR` looks at a folder, and writes a report if asked: looking.py keeps what a person is to see, findings.py judges it,
+html_report.py draws it), pruning.py (`... cache DIR` looks at the cache, and removes from it),
 listing.py (`... list DIR`: what has to arrive elsewhere).
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels (or their places in

@@ -1,9 +1,10 @@
-"""A look at a folder of bags before training: topics, rates, gaps, what would be dropped. Nothing is written.
+"""A look at a folder of bags before training: topics, rates, gaps, what would be dropped. Only reports are written.
 
     python -m rosbag_dataset DIR                    # topics, rates, gaps
     python -m rosbag_dataset DIR --verify           # the same, and decode every image
     python -m rosbag_dataset DIR --config my.yaml   # with the topics and joints of your config
     python -m rosbag_dataset DIR --override data.fps=10
+    python -m rosbag_dataset DIR --html report.html --json report.json      # what is wrong with which episode, drawn
 
 Knows: the command line, config.yaml in the folder that holds this package.
 Must not know: the cache: each bag is read as it is.
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,10 @@ from .config import read_config, setting
 from .cutting import LeftOut, cut, left_out_notes
 from .episodes import check_same_size, mark_copy, nothing_left
 from .errors import BagError
-from .reading import read_bag
+from .findings import judge
+from .html_report import Drawings, page_parts
+from .looking import Looker
+from .reading import ImageSink, Recording, read_bag
 from .reports import data_notes, sync_table
 from .settings import (
     CHOICES,
@@ -59,7 +65,11 @@ CONFIG = Path(__file__).parents[1] / "config.yaml"  # every setting with its def
 
 
 def inspect_bags(
-    bags: Sequence[Bag], settings: BagSettings, verify: bool = False, show_topics: bool = False
+    bags: Sequence[Bag],
+    settings: BagSettings,
+    verify: bool = False,
+    show_topics: bool = False,
+    looker: Looker | None = None,
 ) -> tuple[list[Episode], list[dict[str, str]], list[LeftOut]]:
     """The bags as episodes, without writing anything.
 
@@ -71,26 +81,38 @@ def inspect_bags(
         settings: topics, joints, rate.
         verify: also decode every image.
         show_topics: print each bag's name, topics and errors.
+        looker: is shown every recording that can be read and, if it wants them, their pictures.
     """
     episodes: list[Episode] = []
     problems: list[dict[str, str]] = []
     left_out: list[LeftOut] = []
     first_with: dict[str, str] = {}  # hash of a recording -> name of the first bag that holds it
-    for bag in tqdm(bags, desc="reading bags", unit="bag", disable=not sys.stderr.isatty()):
-        if show_topics:
-            print(f"{bag.name}")
-        try:
-            parts, without = _inspect_bag(bag, settings, verify, show_topics)
-            left_out += without
-            for episode in parts:
-                if episodes:
-                    check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
-                mark_copy(episode, first_with)
-                episodes.append(episode)
-        except BagError as error:
-            problems.append({"bag": bag.name, "why": str(error)})
+    sizes = [sum(file.stat().st_size for file in bag.files if file.is_file()) for bag in bags]
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=sum(sizes), desc="reading bags", unit="B", unit_scale=True, disable=quiet) as bar:
+        for bag, size in zip(bags, sizes, strict=True):
             if show_topics:
-                print(f"    error: {error}")
+                print(f"{bag.name}")
+            recording, parts, progress = None, [], _Progress(bar, size)
+            try:
+                recording = _read(bag, settings, verify, show_topics, looker, progress)
+                parts, without = cut(bag, recording, settings)
+                left_out += without
+                recorded = recording.sha256()
+                for episode in parts:
+                    if episodes:
+                        check_same_size(bag.name, episode.image_shape, episodes[0].name, episodes[0].image_shape)
+                    episode.recording_hash = recorded
+                    mark_copy(episode, first_with)
+                    episodes.append(episode)
+            except BagError as error:
+                parts = []
+                problems.append({"bag": bag.name, "why": str(error)})
+                if show_topics:
+                    print(f"    error: {error}")
+            if looker and recording:
+                looker.add(bag, recording, parts)
+            progress.finish()
     if episodes:
         references = angle_references(episodes)
         for episode in episodes:
@@ -98,21 +120,33 @@ def inspect_bags(
     return episodes, problems, left_out
 
 
-def _inspect_bag(
-    bag: Bag, settings: BagSettings, verify: bool, show_topics: bool
-) -> tuple[list[Episode], list[LeftOut]]:
-    """One bag's episodes, and what is left out, as cut() gives them."""
+class _Progress:
+    """One bag's part of a bar that counts the bytes of files; messages may have more, where files are compressed."""
+
+    def __init__(self, bar: tqdm, size: int) -> None:
+        self._bar, self._left = bar, size
+
+    def message(self, _images: int, size: int) -> None:
+        size = min(size, self._left)
+        self._left -= size
+        self._bar.update(size)
+
+    def finish(self) -> None:
+        self._bar.update(self._left)
+
+
+def _read(
+    bag: Bag, settings: BagSettings, verify: bool, show_topics: bool, looker: Looker | None, progress: _Progress
+) -> Recording:
+    """One bag, whose topics are printed first if that is wanted."""
     if show_topics:
         with contextlib.ExitStack() as stack:
             topics = topics_of(open_storage(bag, stack))
         for topic, (types, count) in sorted(topics.items()):
             print(f"    {topic}  {'/'.join(sorted(types))}  {count}")
-    recording = read_bag(bag, settings, (lambda camera, image: None) if verify else None)
-    episodes, left_out = cut(bag, recording, settings)
-    recorded = recording.sha256()
-    for episode in episodes:
-        episode.recording_hash = recorded
-    return episodes, left_out
+    verified: ImageSink = lambda camera, image: None  # noqa: E731
+    sink = looker.image if looker and looker.pictures else verified if verify else None
+    return read_bag(bag, settings, sink, progress.message, on_open=looker.begin if looker else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,34 +162,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--override", action="append", default=[], metavar="KEY=VALUE", help="as train.py's; repeatable"
     )
     parser.add_argument("--verify", action="store_true", help="also decode every image")
-    parser.add_argument("--json", type=Path, help="write the report there as well")
+    parser.add_argument(
+        "--html", type=Path, help="write a page with pictures and curves of each episode there; decodes every image"
+    )
+    parser.add_argument("--json", type=Path, help="write the report there as data")
     args = parser.parse_args(argv)
     try:
+        for option, path in (("--html", args.html), ("--json", args.json)):
+            if path and not path.parent.is_dir():  # said before all bags are read
+                raise BagError(f"{option}: {path}: No such file or directory: {path.parent}; make that folder first")
         settings, chunk_size = settings_of(args.bag_dir, args.config, args.override)
         check_settings(settings, f"{args.config or CONFIG}{' with --override' * bool(args.override)}")
         bags = find_bags(args.bag_dir)
     except BagError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    episodes, problems, left_out = inspect_bags(bags, settings, args.verify, show_topics=True)
+    drawings = Drawings(settings) if args.html else None
+    looker = Looker(settings, bool(args.html), drawings.add if drawings else None) if args.html or args.json else None
+    episodes, problems, left_out = inspect_bags(bags, settings, args.verify, True, looker)
     reports = [episode.sync_report for episode in episodes]
+    notes = [*(data_notes(episodes, chunk_size, settings) if episodes else ()), *left_out_notes(left_out)]
     if episodes:
         print("\n" + sync_table(reports))
-        for line in data_notes(episodes, chunk_size, settings):
-            print(f"note: {line}")
-    for note in left_out_notes(left_out):
+    for note in notes:
         print(f"note: {note}")
     for problem in problems:
         print(f"error: {problem['why']}", file=sys.stderr)
     if not episodes and not problems:
         print(f"error: {nothing_left(args.bag_dir, len(bags), left_out)}", file=sys.stderr)
-    if args.json:
+    if looker:
+        report: dict[str, Any] = {"episodes": reports, "bad": problems, "left_out": left_out, "notes": notes}
+        report |= {"settings": _said(args, settings)} | judge(episodes, problems, looker.looks, settings)
         try:
-            args.json.write_text(json.dumps({"episodes": reports, "bad": problems, "left_out": left_out}, indent=2))
-        except OSError as exc:
-            print(f"error: --json: {args.json}: {exc.strerror}", file=sys.stderr)
+            if args.json:
+                _write(args.json, "--json", [json.dumps(report, indent=2)])
+            if drawings:
+                _write(args.html, "--html", page_parts(report, drawings))
+                found = len({finding["episode"] for finding in report["findings"]} - {""})
+                print(
+                    f"open {args.html}: something was found of {found} of {len(report['order'])} episodes, worst first"
+                )
+        except BagError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
     return 1 if problems or not episodes else 0
+
+
+def _said(args: argparse.Namespace, settings: BagSettings) -> dict[str, Any]:
+    """What was asked for, for a report."""
+    return {
+        "bag_dir": str(args.bag_dir),
+        "config": str(args.config or CONFIG.name),
+        "overrides": args.override,
+        "fps": settings.fps,
+        "max_offset_ms": settings.max_offset_ms,
+        "pictures_decoded": bool(args.verify or args.html),
+        "created": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %z}",
+    }
+
+
+def _write(path: Path, option: str, texts: Iterable[str]) -> None:
+    """A file that is there as a whole or not at all.
+
+    Raises:
+        BagError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+        os.replace(partial, path)
+    except OSError as exc:
+        raise BagError(f"{option}: {path}: {exc.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def settings_of(bag_dir: Path, config: Path | None, overrides: Sequence[str] = ()) -> tuple[BagSettings, int]:

@@ -257,6 +257,7 @@ def synchronise(
 
     sync_report = {
         "episode": name,
+        "begin_ns": int(begin),  # of the bag's clock: what all times in s here count from
         "duration_s": round(max(0, end - begin) / 1e9, 3),
         "recorded_s": round(recorded_s, 3),
         "used_s": round(used_s, 3),
@@ -478,6 +479,11 @@ def _other_streams(recording: Recording, settings: BagSettings) -> list[_Stream]
         )
         for (topic, _, held), names in together.items()
     ]
+
+
+def streams_of(recording: Recording, settings: BagSettings) -> list[_Stream]:
+    """The samples of joints and other states, apart as they came: the first of a sync report's "topics"."""
+    return [*_joint_streams(recording, settings), *_other_streams(recording, settings)]
 
 
 def _joint_streams(recording: Recording, settings: BagSettings) -> list[_Stream]:

@@ -39,7 +39,10 @@ from .ranks import World
 VERSION = "0.1.0"
 SOURCE = ("train.py", "act_model.py", "training", "rosbag_dataset", "lerobot_checkpoint")  # what trains
 # Of these folders: commands for people, through which nothing trains.
-BESIDE = {"__main__.py", "grid.py", "inspection.py", "listing.py", "pruning.py"}
+BESIDE = {
+    "__main__.py", "grid.py", "listing.py", "pruning.py",
+    "inspection.py", "looking.py", "findings.py", "html_report.py",
+}  # fmt: skip
 Settings = Mapping[str, Mapping[str, Any]]
 
 # Raise it when the same settings and bags give other samples, or give them in another order: a run that began before
