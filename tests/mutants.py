@@ -648,6 +648,33 @@ MUTANTS = [
     Mutant("submit: a gate is about the worst run", "deploy/ur10e_deploy/compare.py",
            "best = groups[0][0]", "best = groups[0][-1]",
            "test_deploy_eval.py::test_a_gate_of_a_comparison_is_about_the_best"),
+    Mutant("report: the best come first", "rosbag_dataset/findings.py",
+           "([-count[name, badness]", "([count[name, badness]",
+           "test_html_report.py::test_the_worst_come_first"),
+    Mutant("report: a recording's name is markup", "rosbag_dataset/html_report.py",
+           "<h3>{escape(name)}</h3>", "<h3>{name}</h3>",
+           "test_html_report.py::test_names_are_escaped"),
+    Mutant("report: thinning loses a peak", "report_page.py",
+           "int(y[start:stop].argmax())", "int(y[start:stop].argmin())",
+           "test_html_report.py::test_curves_are_thinned_without_losing_a_peak"),
+    Mutant("report: kinematics of joints with another sign", "rosbag_dataset/findings.py",
+           "q_rad * np.array(settings.joint_sign)[columns]", "q_rad",
+           "test_html_report.py::test_signs_are_taken_back_for_kinematics"),
+    Mutant("report: half a page replaces the old one", "rosbag_dataset/inspection.py",
+           "with partial.open(", "with path.open(",
+           "test_html_report.py::test_a_page_is_there_as_a_whole_or_not_at_all"),
+    Mutant("report: a driver that hung is not noticed", "rosbag_dataset/looking.py",
+           "if repeated_s >= REPEATED_S:", "if False:",
+           "test_html_report.py::test_each_planted_fault_is_named_with_what_to_do[driver_hangs]"),
+    Mutant("report: a motion that was replayed is not noticed", "rosbag_dataset/findings.py",
+           "if apart_rad < TWIN_RAD and not", "if apart_rad < 0 and not",
+           "test_html_report.py::test_each_planted_fault_is_named_with_what_to_do[replayed]"),
+    Mutant("report: a part of a recording shows all of its pictures", "rosbag_dataset/looking.py",
+           "_spread(of_camera, first_ns, last_ns)", "_spread(of_camera, of_camera[0][0], of_camera[-1][0])",
+           "test_html_report.py::test_parts_of_a_recording_have_looks_of_their_own"),
+    Mutant("report: every episode is blamed for the cell", "rosbag_dataset/findings.py",
+           "if finding.kind not in common]", "]",
+           "test_html_report.py::test_what_most_episodes_have_is_said_once"),
 ]  # fmt: skip
 
 
@@ -695,7 +722,8 @@ def run_tests(tree: Path, tests: list[str], jobs: int = 0, bags: Path | None = N
 
 def check_copy(tree: Path) -> None:
     """See that a copy's own modules are imported: a bug planted in each of them is met. Raises SystemExit."""
-    for name in ("train", "act_model", "training", "rosbag_dataset", "lerobot_checkpoint", "ur10e_deploy"):
+    names = ("train", "act_model", "ur10e", "training", "rosbag_dataset", "lerobot_checkpoint", "ur10e_deploy")
+    for name in names:
         folder = tree / ("deploy" if name == "ur10e_deploy" else "") / name
         file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         content = file.read_text()
