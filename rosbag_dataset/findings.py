@@ -53,9 +53,9 @@ GOES_FAR_RAD = 0.1
 FAST = 1.5
 COMMON = 0.5  # what more than this share of at least FEW episodes have is the set-up, and said once
 FEW = 5  # less cannot say what is usual
-# How many typical deviations away from the median is unlike: of numbers that are spread evenly none is by more
-# than 2, of those with a bell curve hardly any by 6. Deviations are the median one, and at least so much:
-UNLIKE = 6.0
+# How many typical deviations away from the median is unlike: of numbers that are spread evenly none is by more than 2,
+# of those with a bell curve one in ten million by 8. Deviations are the median one, and at least so much:
+UNLIKE = 8.0
 LEAST_RAD, LEAST_M, LEAST_GREY, LEAST_LOG, LEAST_SHARE = 0.03, 0.02, 3.0, 0.05, 0.05
 TWIN_RAD, TWIN_LENGTH, PATH_POINTS = 0.01, 0.02, 24  # people repeat a motion to within some tenths of a rad
 RUNNING = 8  # recordings that may run at one time, each compared with all others

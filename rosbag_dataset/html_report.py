@@ -27,7 +27,7 @@ from .settings import BagSettings
 DRAWN = 300  # episodes with a drawing of about 50 KB, the worst; of all others there is a row in the table
 OPENED = 40  # of these the first that something was found of are unfolded
 BARS, NAMED = 1000, 20  # episodes in the picture of all; so few have their names there
-PATHS = 400  # flange paths in a picture
+PATHS, CLEAR = 400, 60  # flange paths in a picture; of more than so many each is fainter
 JPEG_QUALITY = 60
 NAMES = 12  # of episodes in a row of the table of findings
 TAGS, TAG_LANES = 12, 3  # words above the curves, for marks
@@ -45,6 +45,7 @@ WORDS = {"refused": ("✗ refused", VERMILION), "mend": ("! mend", ORANGE), "loo
 STYLE = """
 h3 { font-size: 1.05rem; margin: 0; display: inline; overflow-wrap: anywhere; }
 .card { border-top: 1px solid #ddd; padding: .8rem 0 1.2rem; } .card summary { cursor: pointer; }
+.card:not([open]) { padding: .25rem 0; }
 .badge { display: inline-block; color: #fff; border-radius: 3px; padding: 0 .45rem; font-size: .8rem; font-weight: 600;
          margin: 0 .6rem 0 .1rem; vertical-align: 1px; }
 .figures { color: #666; font-size: .85rem; margin-left: .6rem; }
@@ -322,6 +323,7 @@ def _plane(title: str, x_name: str, y_name: str, paths: Mapping[str, np.ndarray]
     high = np.maximum(high, low + grid)
     width, height = (1000 * (high - low)).tolist()
     unit = max(width, height) / 100
+    opacity, radius = (0.45, unit) if len(paths) <= CLEAR else (0.12, unit / 2)
     inside = []
     for axis in (0, 1):
         for value in np.arange(low[axis], high[axis] + grid / 2, grid):
@@ -335,12 +337,12 @@ def _plane(title: str, x_name: str, y_name: str, paths: Mapping[str, np.ndarray]
     for name, path in sorted(paths.items(), key=lambda item: item[0] in unlike):
         x, y = 1000 * (path[:, 0] - low[0]), height - 1000 * (path[:, 1] - low[1])
         steps = "L".join(f"{a:.0f} {b:.0f}" for a, b in zip(x, y, strict=True))
-        thick, colour, opacity = (3, PINK, 1) if name in unlike else (1, BLUE, 0.45)
+        thick, colour, dense = (3, PINK, 1) if name in unlike else (1, BLUE, opacity)
         inside.append(
-            f'<path d="M{steps}" fill="none" stroke="{colour}" opacity="{opacity:g}" '
+            f'<path d="M{steps}" fill="none" stroke="{colour}" opacity="{dense:g}" '
             f'stroke-width="{thick * unit / 3:.1f}" stroke-linejoin="round"><title>{escape(name)}</title></path>'
-            f'<circle cx="{x[0]:.0f}" cy="{y[0]:.0f}" r="{unit:.1f}" fill="{GREEN}"/>'
-            f'<circle cx="{x[-1]:.0f}" cy="{y[-1]:.0f}" r="{unit:.1f}" fill="#222"/>'
+            f'<circle cx="{x[0]:.0f}" cy="{y[0]:.0f}" r="{radius:.1f}" fill="{GREEN}"/>'
+            f'<circle cx="{x[-1]:.0f}" cy="{y[-1]:.0f}" r="{radius:.1f}" fill="#222"/>'
         )
     left, below = 10 * unit, 10 * unit
     view = f"{-left:.0f} {-6 * unit:.0f} {width + left + 3 * unit:.0f} {height + below + 6 * unit:.0f}"
