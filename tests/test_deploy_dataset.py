@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ur10e_deploy import lerobot_dataset
 from ur10e_deploy.lerobot_dataset import LeRobotDatasetSource
 from ur10e_deploy.sources import AbsentVideo, BagSource, EpisodeSource, SourceError
 
+from lerobot_dataset import reading as lerobot_dataset
 from rosbag_dataset import ChunkDataset, load_episodes, settings_from
 from tests import bags
 from tests.lerobot_044 import launch
@@ -58,7 +58,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir()
             result = subprocess.run(
                 [str(launch.PYTHON), str(ROOT / "tests" / "lerobot_044" / "dataset_write.py"), str(folder)],
-                env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=240,
+                env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=900,
             )  # fmt: skip
             assert result.returncode == 0, result.stderr[-3000:]
             (folder / "done").touch()

@@ -1,6 +1,6 @@
 """Recorded episodes for the offline evaluation, whatever they are stored in.
 
-    source = LeRobotDatasetSource(root)                         # lerobot_dataset.py: LeRobot v3.0, without lerobot
+    source = LeRobotDatasetSource(root)                         # lerobot_dataset/: LeRobot v3.0, without lerobot
     source = BagSource(bag_dir, values, cache_dir)              # ROS 2 bags, decoded exactly as in training
     for index in source.episode_indices():
         episode = source.episode(index)                         # states, actions, times: small
@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from lerobot_dataset.frames import AbsentVideo, EpisodeData, Frame, SourceError, frame_range
 from rosbag_dataset import (
     Bag,
     BagError,
@@ -42,56 +42,7 @@ from rosbag_dataset import (
     source_of,
 )
 
-
-class SourceError(Exception):
-    """A dataset or bag that cannot be evaluated: one line saying where, what, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # names inside damaged files may hold line breaks
-
-
-class AbsentVideo(SourceError):
-    """An episode without its pictures, as in a dataset of which a part was copied."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One moment of an episode, with its pixels.
-
-    Attributes:
-        index: position within the episode, from 0.
-        timestamp_s: seconds since the episode's start.
-        state_rad: (S,) float32, joints in rad.
-        images: camera -> (H, W, 3) uint8 RGB, the caller's to keep (never a view of a buffer that is used again).
-    """
-
-    index: int
-    timestamp_s: float
-    state_rad: np.ndarray
-    images: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class EpisodeData:
-    """Everything of an episode but its pixels, for n frames.
-
-    Attributes:
-        index: the episode's number in its source.
-        name: the bag's name, with "@" and a time if it is a part of the bag, or "episode_000003".
-        timestamp_s: (n,) float64, seconds since the episode's start.
-        state_rad: (n, S) float32, all finite, joints in rad.
-        action: (n, A) float32, rad (absolute) or rad per frame (delta); a row is NaN where none was recorded
-            (the last frame of a bag's segment).
-        segment: (n,) int64, which uninterrupted piece a frame belongs to; no chunk, no delta and no rollout crosses
-            a change (frames were dropped there).
-    """
-
-    index: int
-    name: str
-    timestamp_s: np.ndarray
-    state_rad: np.ndarray
-    action: np.ndarray
-    segment: np.ndarray
+__all__ = ["AbsentVideo", "BagSource", "EpisodeData", "EpisodeSource", "Frame", "SourceError", "frame_range"]
 
 
 class EpisodeSource(Protocol):
@@ -136,18 +87,6 @@ class EpisodeSource(Protocol):
         Raises:
             SourceError: at once when the episode or the range does not exist; while iterating when an image is damaged.
         """
-
-
-def frame_range(name: str, count: int, start: int, stop: int | None) -> range:
-    """The frames start <= i < stop of an episode of `count`.
-
-    Raises:
-        SourceError: the range leaves the episode.
-    """
-    stop = count if stop is None else stop
-    if not 0 <= start <= stop <= count:
-        raise SourceError(f"{name}: frames {start} to {stop} asked for, it has {count} (0 to {count})")
-    return range(start, stop)
 
 
 class BagSource:
