@@ -55,7 +55,7 @@ from training.errors import ConfigError, Stopped, TrainingError
 from training.failures import claim_failure, explain, print_error
 from training.initial_weights import backbone_weights, load_backbone
 from training.ranks import World, world_of_torchrun
-from training.settings import read_settings, setting
+from training.settings import adopt_dataset, finder, read_settings, setting
 from training.stopping import StopSignal
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; run the same again with --resume
@@ -68,6 +68,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving
 @dataclass
 class DataConfig:
     bag_dir: str = setting("../rosbag-to-lerobot/local_bags", "folder searched recursively for ROS 2 bags", path=True)
+    lerobot_dataset: str | None = setting(None, "folder of a LeRobot v3.0 dataset, instead of bag_dir", path=True)
     frames: str = setting("auto", "where frames are read", choices=CHOICES["frames"])
     cache_dir: str = setting("outputs/frame-cache", "folder for decoded frames, or where they are", path=True)
     joint_topic: str = setting("/joint_states", "topic of sensor_msgs/msg/JointState")
@@ -181,6 +182,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file, a key or a value that cannot be used; one line, naming it.
     """
     cfg = read_settings(Config(), path, overrides)
+    adopt_dataset(cfg)
     check_settings(cfg)
     return cfg
 
@@ -333,7 +335,8 @@ class Trainer:
 
     def _read_bags(self, bags: BagSettings, was: dict[str, Any] | None) -> tuple[list[float], list[str]]:
         """What takes long once: the cache keeps it for this node's other ranks. -> (angle references, notes)."""
-        self.episodes, self.skipped = load_episodes(bags, progress=self.world.local_rank == 0)
+        find = finder(self.cfg.data.lerobot_dataset)
+        self.episodes, self.skipped = load_episodes(bags, progress=self.world.local_rank == 0, find=find)
         self.train_episodes, self.held_out = identity.split(self.episodes, self.cfg.training, was)
         reference_rad = identity.angle_reference(self.train_episodes, self.held_out, bags, was)
         self.stats, floored = compute_stats(self.train_episodes, self.cfg.data.image_stats, self.cfg.model.chunk_size)

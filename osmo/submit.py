@@ -249,6 +249,8 @@ def check(submission: Submission) -> tuple[list[Config], list[dict[str, Any]]]:
         _ask_script(script, words, task)
         if config is not None:
             configs.append(load_config(config, [w.partition("=")[2] for w in words if w.startswith("--override=")]))
+            if dataset := configs[-1].data.lerobot_dataset:
+                raise SubmitError(f"data.lerobot_dataset: found {dataset}, expected null: workflows train on bags")
     return configs, tasks
 
 

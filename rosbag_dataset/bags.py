@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Bag:
     claimed: dict[str, int] | None  # topic -> message count according to metadata.yaml; None where there is none
     compression: str  # "", "file" or "message"
     problem: str = ""  # why this cannot be a usable bag, found before opening it
+    # Of what is no bag, but read as one (lerobot_dataset/recordings.py): in place of reading.read_bag(); and name and
+    # hash of the recording that it is a part of, if that is known: its parts are on one side of the split.
+    reader: Callable[..., Any] | None = None
+    part_of: tuple[str, str] | None = None
 
     def content_hash(self) -> str:
         """SHA-256 of the recording's bytes, in hex: what the cache and a resumed run know a bag by.
@@ -108,6 +112,8 @@ class KnownBags:
 
     def content_hash(self, bag: Bag) -> str:
         """Bag.content_hash(). Raises OSError: a file cannot be read."""
+        if bag.reader is not None:  # its files are those of other recordings, too
+            return bag.content_hash()
         about = self.about(bag.path, [*bag.files, *([bag.path / "metadata.yaml"] if bag.claimed is not None else [])])
         if "sha256" not in about:
             about["sha256"] = bag.content_hash()

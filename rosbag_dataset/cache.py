@@ -309,7 +309,8 @@ def _write_entry(
             files[camera].write(np.ascontiguousarray(image).data.cast("B"))
 
         on_picture = None if index is None else index.add
-        recording = read_bag(
+        read = bag.reader or read_bag
+        recording = read(
             bag, settings, sink, on_message, scratch=building, on_open=expected.update, on_picture=on_picture
         )
         for file in files.values():  # a video may have fewer pictures than messages, for which there is room

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +30,10 @@ Shapes = dict[str, tuple[int, int]]  # camera -> (H, W)
 
 
 def load_episodes(
-    settings: BagSettings, workers: int = 0, progress: bool = True
+    settings: BagSettings,
+    workers: int = 0,
+    progress: bool = True,
+    find: Callable[[Path], list[Bag]] | None = None,
 ) -> tuple[list[Episode], list[LeftOut]]:
     """All episodes below `bag_dir`, from the cache where it has them, else decoded first (in parallel over bags).
 
@@ -38,6 +41,7 @@ def load_episodes(
         settings: where and how.
         workers: processes that decode bags; 0 means what keeps the cores busy, at most one per bag.
         progress: show a progress bar while decoding.
+        find: what finds the recordings in `bag_dir`; None: find_bags().
 
     Returns:
         (episodes sorted by name; what is left out: skipped bags, with on_bad_bag "skip", as {"bag", "why"}, episodes
@@ -47,7 +51,7 @@ def load_episodes(
         BagError: no bags, or a bad one with on_bad_bag "error"; no episode is left.
     """
     known = KnownBags(settings.cache_dir / KNOWN)
-    bags = find_bags(settings.bag_dir, known)
+    bags = find(settings.bag_dir) if find else find_bags(settings.bag_dir, known)
     stop_early = settings.on_bad_bag != "skip"
     hashes: dict[str, str] = {}
     keys: dict[str, str] = {}
@@ -94,6 +98,7 @@ def load_episodes(
                 parts, left_out = [], [{"bag": bag.name, "why": str(error)}]
             for episode in parts:
                 mark_copy(episode, first_with)
+                episode.bag, episode.recording_hash = bag.part_of or (episode.bag, episode.recording_hash)
                 first = first or episode
             yield parts, left_out
 
@@ -104,9 +109,9 @@ def load_episodes(
         found = [], []
     episodes, skipped = found[0], [{"bag": name, "why": str(error)} for name, error in failed.items()] + found[1]
     for episode in episodes:
-        assert episode.entry is not None
-        if episode.entry.name != keys[episode.bag]:  # its pictures lie where the bag is now
-            episode.source = source_of(good[episode.bag], settings)
+        bag = good.get(episode.bag)
+        if bag is not None and bag.reader is None and episode.entry != settings.cache_dir / keys[bag.name]:
+            episode.source = source_of(bag, settings)  # its pictures lie where the bag is now
     place = {bag.name: number for number, bag in enumerate(bags)}
     skipped.sort(key=lambda left_out: place[left_out["bag"]])
     for left_out in skipped:

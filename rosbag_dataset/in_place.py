@@ -101,6 +101,8 @@ def find_messages(bag: Bag, settings: BagSettings) -> dict[str, list[tuple[int, 
         NotInPlace: no picture can be read without others.
         BagError: a damaged file.
     """
+    if bag.reader is not None:
+        raise NotInPlace(f"{bag.name}: it is no bag")
     if bag.compression == "message":
         raise NotInPlace(f"{bag.name}: each of its messages is compressed")
     if packed := [file.name for file in bag.files if file.name.endswith(".zstd")]:

@@ -35,6 +35,7 @@ CHOICES = {
 
 # Keys that a checkpoint from before they were there does not have, and what that means.
 NEXT_STATE = "next_state"  # data.action_source: actions are of what was measured a frame later
+DATASET_ACTION = "action of the dataset"  # the same of data.lerobot_dataset, whose actions are taken as commands
 SINCE: dict[str, Any] = {
     "state_topics": None, "observed_only": (), "state_units": None,
     "action_source": NEXT_STATE, "command_topics": None, "command_max_age_ms": None,
@@ -223,7 +224,8 @@ def command_rules(
     """Rules between the settings of commands; topics and `cameras` as in a config, with texts."""
     acted = [name for name in (*joint_names, *state_topics) if name not in observed_only]
     taken = {joint_topic, *cameras.values()}
-    source = action_source == NEXT_STATE or (action_source.startswith("/") and action_source not in taken)
+    named = action_source.startswith("/") and action_source not in taken
+    source = named or action_source in (NEXT_STATE, DATASET_ACTION)
     broken = []
     for text in command_topics.values():
         try:

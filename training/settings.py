@@ -5,14 +5,16 @@ The reader is there because the inspection of bags reads the same files, and imp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from rosbag_dataset import Schema, SettingError, read_config, setting
+from rosbag_dataset import Bag, Schema, SettingError, read_config, setting
 
 from .errors import ConfigError
 
-__all__ = ["read_settings", "setting"]
+__all__ = ["adopt_dataset", "finder", "read_settings", "setting"]
 
 
 def read_settings(schema: Schema, path: Path, overrides: Sequence[str] = ()) -> Schema:
@@ -21,3 +23,34 @@ def read_settings(schema: Schema, path: Path, overrides: Sequence[str] = ()) -> 
         return read_config(schema, path, overrides)
     except SettingError as error:
         raise ConfigError(str(error)) from None
+
+
+def adopt_dataset(cfg: Any) -> None:
+    """Put what data.lerobot_dataset says, if it is set, over the settings that it answers; rank 0 prints what it is.
+
+    Raises:
+        ConfigError: it cannot be read, or contradicts the settings.
+    """
+    if cfg.data.lerobot_dataset is None:
+        return
+    try:
+        lines = _recordings().adopt(cfg)
+    except SettingError as error:
+        raise ConfigError(str(error)) from None
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
+def finder(lerobot_dataset: str | None) -> Callable[[Path], list[Bag]] | None:
+    """What finds the recordings in data.bag_dir if that is data.lerobot_dataset; None for bags."""
+    return _recordings().find_episodes if lerobot_dataset else None
+
+
+def _recordings() -> Any:
+    """The room that reads LeRobot datasets, and needs more than a training on bags does. Raises ConfigError."""
+    try:
+        from lerobot_dataset import recordings
+    except ModuleNotFoundError as error:
+        what = "OSMO's workflows train on bags" if error.name == "lerobot_dataset" else "uv pip install pyarrow av"
+        raise ConfigError(f"data.lerobot_dataset: {error.name} is not there; {what}") from None
+    return recordings
