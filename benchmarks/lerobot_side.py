@@ -48,8 +48,8 @@ def about() -> None:
 def convert(job: str, out: str) -> None:
     """Write a dataset with LeRobot's own writer, as its documentation says; writes {"seconds", "frames"}.
 
-    JOB.json: {"root", "fps", "joint_names", "streaming_encoding", "episodes": [FOLDER, ...]}; each folder holds
-    state.npy and action.npy (n, J) float32, and <camera>.npy (n, H, W, 3) uint8, already at the dataset's size.
+    JOB.json: {"root", "fps", "joint_names", "streaming_encoding", "vcodec", "episodes": [FOLDER, ...]}; each folder
+    holds state.npy and action.npy (n, J) float32, and <camera>.npy (n, H, W, 3) uint8, already at the dataset's size.
     Only from create() to finalize() is timed: the interpreter's start, the imports, reading the bags, synchronising
     and resizing are not.
     """
@@ -73,6 +73,7 @@ def convert(job: str, out: str) -> None:
         root=settings["root"],
         image_writer_threads=4 * len(cameras),  # lerobot-record's own choice; create()'s is none, which is slower
         **({"streaming_encoding": True} if settings["streaming_encoding"] else {}),
+        **({"vcodec": settings["vcodec"]} if "vcodec" in settings else {}),
     )
     frames = 0
     for episode in episodes:

@@ -1,4 +1,4 @@
-"""The same bags through LeRobot and through us, in turn: converting, training, inference.
+"""The same bags through LeRobot and through us, in turn: converting, exporting, training, inference.
 
     python -m benchmarks.versus_lerobot --lerobot-python .venv-lerobot-0.4.4/bin/python
     python -m benchmarks.versus_lerobot --lerobot-python PATH inference --rounds 9
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import functools
 import json
@@ -33,7 +34,7 @@ from act_model import ACT
 from benchmarks import common
 from benchmarks.common import BenchmarkError, Lines, Report, say
 from lerobot_checkpoint import load_policy
-from rosbag_dataset import ChunkDataset, Episode, compute_stats, load_episodes, open_pixels, split_episodes
+from rosbag_dataset import ChunkDataset, Episode, compute_stats, exporting, load_episodes, open_pixels, split_episodes
 from training.device import has_fast_bf16
 
 SIDE = Path(__file__).with_name("lerobot_side.py")
@@ -83,11 +84,12 @@ class LeRobot:
             )
         return json.loads(out.read_text())
 
-    def convert(self, frames: Path) -> float:
-        """Seconds to write a fresh dataset of the frames that dump_frames() wrote."""
-        job = json.loads((frames / "job.json").read_text())
+    def convert(self, frames: Path, **changes: object) -> float:
+        """Seconds to write a fresh dataset of the frames that dump_frames() wrote; `changes` of its job."""
+        job = json.loads((frames / "job.json").read_text()) | changes
+        (frames / "this-job.json").write_text(json.dumps(job))
         shutil.rmtree(job["root"], ignore_errors=True)
-        written = self.side("convert", frames / "job.json")
+        written = self.side("convert", frames / "this-job.json")
         if written["frames"] != job["frames"]:
             raise BenchmarkError(f"LeRobot wrote {written['frames']} frames, expected {job['frames']}")
         return written["seconds"]
@@ -241,6 +243,45 @@ def ready_to_train(options: argparse.Namespace, cfg: train.Config) -> float:
     return common.seconds(work)
 
 
+# -- exporting ----------------------------------------------------------------------------------------------------
+
+
+def export(options: argparse.Namespace) -> None:
+    """Frames to a LeRobot dataset: LeRobot's own writer against `python -m rosbag_dataset export`."""
+    report = Report("versus_lerobot_export")
+    lerobot = LeRobot(options)
+    cfg, frames = prepared(options)
+    settings = dataclasses.replace(train.bag_settings(cfg), action_mode="absolute")
+    total = json.loads((frames / "job.json").read_text())["frames"]
+    out = options.out / "our-dataset"
+
+    def ours(codec: str) -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        took_s = common.seconds(lambda: exporting.export(settings, out, codec, "reach", progress=False))
+        written = json.loads((out / "meta/info.json").read_text())["total_frames"]
+        if written != total:
+            raise BenchmarkError(f"we wrote {written} frames, LeRobot {total}")
+        return took_s
+
+    measures: dict[str, Callable[[], float]] = {}
+    for codec, encoder in (("av1", "libsvtav1"), ("h264", "h264")):
+        measures[f"LeRobot's writer, {codec}"] = lambda encoder=encoder: lerobot.convert(frames, vcodec=encoder)
+        measures[f"ours, {codec}"] = lambda codec=codec: ours(codec)
+    times_s = common.alternate(options.rounds, measures)
+    for name, each in times_s.items():
+        report.row(f"frames to a dataset, {name}", each, "s")
+        report.row(f"frames to a dataset, {name}", [total / t for t in each], "frames/s")
+    for codec in ("av1", "h264"):
+        of = times_s[f"LeRobot's writer, {codec}"], times_s[f"ours, {codec}"]
+        report.ratio(f"speed of ours to LeRobot's, {codec}", *of, at_least=5)
+    report.note(f"{total} frames of {options.height}x{options.width}. {about(lerobot)}")
+    report.note(
+        "Both sides start from frames that are decoded and resized: LeRobot's from create() to finalize(), given "
+        "arrays in memory; ours from opening the bags, whose frames are in the cache, to meta/info.json, on the disk."
+    )
+    report.finish(options)
+
+
 def about(lerobot: LeRobot) -> str:
     """Which LeRobot, in a sentence."""
     facts = lerobot.facts
@@ -386,7 +427,7 @@ def inference(options: argparse.Namespace) -> None:
 # -- the command --------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "convert": convert, "train": training, "inference": inference,
+    "convert": convert, "export": export, "train": training, "inference": inference,
 }  # fmt: skip
 
 

@@ -20,13 +20,12 @@ Beside that way: settings.py (what to read, and how), config.py (YAML and overri
 (means and deviations for normalisation), reports.py (what became of the bags, as text), definitions.py (message types
 that only the bag knows), errors.py. Commands, which a training does not need: inspection.py (`python -m rosbag_dataset
 DIR` looks at a folder, and writes a report if asked: looking.py keeps what a person is to see, findings.py judges it,
-html_report.py draws it), pruning.py (`... cache DIR` looks at the cache, and removes from it),
-listing.py (`... list DIR`: what has to arrive elsewhere).
+html_report.py draws it), pruning.py (`... cache DIR` looks at the cache, and removes from it), listing.py (`... list
+DIR`: what has to arrive elsewhere), exporting.py and lerobot_v3.py (`... export DIR OUT`: as a LeRobot dataset).
 
 The cache holds what is expensive and independent of the training settings: decoded, resized pixels (or their places in
 the bag), their times, the joint positions and further states. Synchronisation is cheap, and kept beside it, so that
-changing `data.fps`,
-`max_offset_ms`, `wrap_angles` or `action_mode` never reads a bag again.
+changing `data.fps`, `max_offset_ms`, `wrap_angles` or `action_mode` never reads a bag again.
 
 The package knows bags, time and pixels; it knows no model, no checkpoint and no process group, and needs neither ROS
 nor torch. Imports among its rooms run one way (tests/test_imports.py). Other packages import what `__all__` names,
@@ -35,17 +34,19 @@ from here.
 
 from .bags import Bag, find_bags
 from .cache import EntryError, build_entry, cache_key, clean_cache, find_entry, load_entry, open_entry
+from .commands import held as held_commands
 from .config import Schema, parse_yaml, read_config, setting
 from .cutting import cut, cut_settings, left_out_notes
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SettingError, SetupError
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .in_place import PicturesInPlace, source_of
-from .reading import Recording, read_bag
+from .reading import Recording, image_sha256, read_bag
 from .reports import data_notes, sync_table
 from .samples import ChunkDataset, open_pixels, pixel_owners
 from .settings import (
     CHOICES,
+    DATASET_ACTION,
     NEXT_STATE,
     UR_JOINTS,
     BagSettings,
@@ -63,6 +64,7 @@ from .topics import typestore_for
 
 __all__ = [
     "COMPRESSED_TYPE",
+    "DATASET_ACTION",
     "NEXT_STATE",
     "IMAGE_TYPE",
     "MAX_PIXELS",
@@ -95,6 +97,8 @@ __all__ = [
     "episode_rules",
     "find_bags",
     "find_entry",
+    "held_commands",
+    "image_sha256",
     "left_out_notes",
     "load_entry",
     "load_episodes",

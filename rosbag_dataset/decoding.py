@@ -78,7 +78,7 @@ def build_entries(
     # One bag per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
     # child that touches it (even to switch it off) waits for threads that are not there.
     cv2.setNumThreads(1)
-    with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, _start_worker, (counters,)) as pool:
+    with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, start_worker, (counters,)) as pool:
         left = 0
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()  # concurrent.futures.wait() looks at all, each time
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
@@ -168,7 +168,8 @@ def hold_signals() -> Generator[Callable[[], None]]:
 # -- inside a decoding process ------------------------------------------------------------------------------------
 
 
-def _start_worker(counters: Any) -> None:
+def start_worker(counters: Any) -> None:
+    """Make a new process of a pool ready: it counts in `counters`, ends with its parent, and leaves Ctrl-C to it."""
     global _counters
     _counters = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it terminates us
@@ -185,7 +186,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _count(images: int, size: int) -> None:
+def count(images: int, size: int) -> None:
+    """Add to what the pool's progress bar shows."""
     if _counters is not None:
         with _counters.get_lock():
             _counters[0] += images
@@ -194,6 +196,6 @@ def _count(images: int, size: int) -> None:
 
 def _build_one(bag: Bag, key: str, settings: BagSettings, in_place: bool) -> BagError | str:
     try:
-        return make_entry(bag, key, settings, in_place, _count)[1]
+        return make_entry(bag, key, settings, in_place, count)[1]
     except BagError as error:
         return type(error)(str(error))  # without its cause, which may not survive the trip between processes

@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rosbag_dataset",
         description="Look at a folder of ROS 2 bags.",
-        epilog="`python -m rosbag_dataset cache CACHE_DIR` looks at a frame cache instead, and prunes it.",
+        epilog="`python -m rosbag_dataset cache CACHE_DIR` looks at a frame cache instead, and prunes it; `export` "
+        "writes bags as a LeRobot dataset.",
     )
     parser.add_argument("bag_dir", type=Path, help="folder that is searched for bags (./cache if it is called cache)")
     parser.add_argument("--config", type=Path, help="a training config whose data and conventions sections to use")
@@ -246,7 +247,7 @@ def settings_of(bag_dir: Path, config: Path | None, overrides: Sequence[str] = (
     """
     cfg = read_config(_schema(), CONFIG)  # its values are the defaults
     read_config(cfg, config or CONFIG, overrides)
-    folders = {"bag_dir": bag_dir, "cache_dir": Path()}
+    folders = {"bag_dir": bag_dir, "cache_dir": Path(cfg.data.cache_dir)}
     settings = settings_from(vars(cfg.data) | vars(cfg.conventions) | folders)
     return settings, cfg.model.chunk_size
 
@@ -262,7 +263,10 @@ def _schema() -> Any:
     sections: list[Any] = []
     for name, values in yaml.safe_load(CONFIG.read_text()).items():
         used = kinds if name in ("data", "conventions", "model") else {}
-        keys = [(key, used.get(key, ANYTHING), setting(None, f"see {CONFIG.name}")) for key in values]
+        keys = [
+            (key, used.get(key, ANYTHING), setting(None, f"see {CONFIG.name}", path=key == "cache_dir"))
+            for key in values
+        ]
         sections.append((name, Any, dataclasses.field(default_factory=dataclasses.make_dataclass(name, keys))))
     return dataclasses.make_dataclass("Config", sections)()
 

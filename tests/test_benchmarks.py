@@ -117,11 +117,12 @@ def test_versus_lerobot(tmp_path: Path, sample_bags: Path, monkeypatch: pytest.M
     ]
     assert versus_lerobot.main(["train", "inference", *command]) == 0
     # `train` has just converted with the real writer; ten seconds of importing LeRobot once more would add nothing.
-    monkeypatch.setattr(versus_lerobot.LeRobot, "convert", lambda self, frames: 100.0)
-    assert versus_lerobot.main(["convert", *command]) == 0
-    training, inference, converting = (
-        results(tmp_path, f"versus_lerobot_{stage}") for stage in ("train", "inference", "convert")
+    monkeypatch.setattr(versus_lerobot.LeRobot, "convert", lambda self, frames, **changes: 100.0)
+    assert versus_lerobot.main(["convert", "export", *command]) == 0
+    training, inference, converting, exporting = (
+        results(tmp_path, f"versus_lerobot_{stage}") for stage in ("train", "inference", "convert", "export")
     )
+    assert targets(exporting) == {f"speed of ours to LeRobot's, {codec}" for codec in ("av1", "h264")}
     assert targets(training) == {
         "training speed of ours, fp32, to LeRobot's", "speed of ours, fp32, from bags to step 4",
     }  # fmt: skip

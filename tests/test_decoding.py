@@ -66,7 +66,7 @@ def test_error_in_a_decoding_process(bag_dir):
 
 DEATHS = {
     "while it reads": "cache.read_bag = lambda *a, **k: os.kill(os.getpid(), 9)",
-    "with the counters' lock": "decoding._count = lambda *a: decoding._counters.acquire() and os.kill(os.getpid(), 9)",
+    "with the counters' lock": "decoding.count = lambda *a: decoding._counters.acquire() and os.kill(os.getpid(), 9)",
 }
 
 

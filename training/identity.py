@@ -40,8 +40,8 @@ VERSION = "0.1.0"
 SOURCE = ("train.py", "act_model.py", "training", "rosbag_dataset", "lerobot_checkpoint")  # what trains
 # Of these folders: commands for people, through which nothing trains.
 BESIDE = {
-    "__main__.py", "grid.py", "listing.py", "pruning.py",
-    "inspection.py", "looking.py", "findings.py", "html_report.py",
+    "__main__.py", "exporting.py", "findings.py", "grid.py", "html_report.py", "inspection.py", "lerobot_v3.py",
+    "listing.py", "looking.py", "pruning.py",
 }  # fmt: skip
 Settings = Mapping[str, Mapping[str, Any]]
 
