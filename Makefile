@@ -18,8 +18,9 @@ PROOF_TRAINING := data.bag_dir=outputs/proof-bags data.cache_dir=outputs/proof-c
 PROOF_ROLLOUTS := --checkpoint outputs/proof --episodes 500 --robustness --min-success 0.98 --max-blind 0.1 \
 	--output outputs/proof-rollouts
 TESTS ?= tests
+LEROBOT_06_PYTHON ?= 3.12 # or newer: a version, which uv gets where it is not there, or the path of a python
 
-.PHONY: demo proof test system-tools lint constraints clean
+.PHONY: demo proof test test-lerobot-0.6 system-tools lint constraints clean
 
 demo: .venv/installed-trainer
 	@echo "== 1/3 sample bags of a simulated UR10e (about a minute, once)"
@@ -46,6 +47,10 @@ proof: .venv/installed-trainer
 # make test TESTS="tests --ignore=tests/test_osmo_images.py"
 test: .venv/installed-all .venv-lerobot-0.4.4/installed .venv-mlflow/installed .node/installed system-tools lint
 	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
+
+# The newest LeRobot needs Python 3.12 or newer; uv gets one where there is none.
+test-lerobot-0.6: .venv/installed-all .venv-lerobot-0.6/installed
+	@$(PY) -m tests.with_lerobot .venv-lerobot-0.6/bin/python
 
 lint: .venv/installed-all
 	@.venv/bin/ruff check .
@@ -77,6 +82,13 @@ lint: .venv/installed-all
 	@echo "== installing lerobot 0.4.4 into .venv-lerobot-0.4.4, for the parity tests (about a minute)"
 	@test -x .venv-lerobot-0.4.4/bin/python || $(UV) venv --quiet .venv-lerobot-0.4.4
 	@$(UV) pip install --quiet --python .venv-lerobot-0.4.4/bin/python -c constraints-lerobot-0.4.4.txt lerobot==0.4.4
+	@touch $@
+
+.venv-lerobot-0.6/installed: constraints-lerobot-0.6.1.txt | $(filter .uv/bin/uv,$(UV))
+	@echo "== installing lerobot 0.6.1 into .venv-lerobot-0.6 (some minutes; 6 GB, most of it torch's CUDA libraries)"
+	@test -x .venv-lerobot-0.6/bin/python || $(UV) venv --quiet --python $(LEROBOT_06_PYTHON) .venv-lerobot-0.6
+	@$(UV) pip install --quiet --python .venv-lerobot-0.6/bin/python -c constraints-lerobot-0.6.1.txt \
+		'lerobot[training]==0.6.1' rosbags
 	@touch $@
 
 # Its own environment, because the server asks for other versions than the trainer, which needs the client alone.
@@ -118,8 +130,10 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--all-extras --upgrade-package torch==2.13.0 --upgrade-package torchvision==0.28.0 -o constraints.txt pyproject.toml
 	echo lerobot==0.4.4 | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-lerobot-0.4.4.txt
+	echo 'lerobot[training]==0.6.1 rosbags' | tr ' ' '\n' | $(UV) pip compile --quiet --universal --python-version 3.12 \
+		--no-emit-index-url --no-header --no-annotate - -o constraints-lerobot-0.6.1.txt
 	echo mlflow | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-mlflow.txt
 
 clean:
-	rm -rf .venv .venv-lerobot-0.4.4 .venv-mlflow .uv .node outputs
+	rm -rf .venv .venv-lerobot-0.4.4 .venv-lerobot-0.6 .venv-mlflow .uv .node outputs

@@ -22,6 +22,7 @@ from ur10e_deploy.sources import BagSource
 from act_model import ACTION
 from lerobot_checkpoint import CheckpointError, load_policy
 from rosbag_dataset import UR_JOINTS, resize_image
+from tests.lerobot_044 import launch
 from tests.policies import (
     CHUNK,
     POLICIES,
@@ -88,10 +89,13 @@ def test_our_runner_under_lerobot_044_gives_the_same_actions(exchange: Path, nam
         np.testing.assert_allclose(results[backend]["chunk"], native, rtol=0, atol=TOLERANCE_RAD)
     if name == "LeRobot 0.3.2's own":
         assert results["auto"]["backend"] == "native"
-        assert "0.4.4 normalises in processors, and there is no policy_preprocessor.json" in results["auto"]["notes"][0]
+        assert (
+            f"{launch.version()} normalises in processors, and there is no policy_preprocessor.json"
+            in results["auto"]["notes"][0]
+        )
         assert "no policy_preprocessor.json" in results["lerobot"]["error"]
     else:
-        assert (results["auto"]["backend"], results["auto"]["version"]) == ("lerobot", "0.4.4")
+        assert (results["auto"]["backend"], results["auto"]["version"]) == ("lerobot", launch.version())
         assert results["auto"]["notes"] == []
 
 

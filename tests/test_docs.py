@@ -85,7 +85,7 @@ def test_every_page_is_found_from_the_readme():
 
 @each_page
 def test_commands_name_programs_that_exist(page: Path):
-    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^(\w[\w.-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for program, *arguments in commands(page):
         if program == "make":
             assert arguments[0] in targets, f"make {arguments[0]}"

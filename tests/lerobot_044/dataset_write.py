@@ -1,4 +1,4 @@
-"""Write datasets with real LeRobot 0.4.4, and dump what its own LeRobotDataset returns for every frame of them.
+"""Write datasets with real LeRobot 0.4.4 (or 0.6.1), and dump what its LeRobotDataset returns for every frame of them.
 
     python dataset_write.py FOLDER
         -> FOLDER/<name>/          the dataset
@@ -8,6 +8,7 @@
 Tests run this in LeRobot's environment; it imports nothing of ours.
 """
 
+import inspect
 import os
 import shutil
 import sys
@@ -55,6 +56,15 @@ def picture(episode: int, frame: int, shape: tuple[int, int]) -> np.ndarray:
     return np.repeat(np.repeat(blocks, shape[0] // 4, axis=0), shape[1] // 4, axis=1)
 
 
+def encoder(vcodec: str) -> dict:
+    """How this LeRobot is told the codec."""
+    if "vcodec" in inspect.signature(LeRobotDataset.create).parameters:
+        return {"vcodec": vcodec}
+    from lerobot.configs import RGBEncoderConfig  # since 0.5
+
+    return {"rgb_encoder": RGBEncoderConfig(vcodec=vcodec)}
+
+
 def write(root: Path, fps: float, vcodec: str | None, lengths: tuple[int, ...], sizes: dict | None) -> None:
     kind = "video" if vcodec else "image"
     features = {
@@ -69,7 +79,7 @@ def write(root: Path, fps: float, vcodec: str | None, lengths: tuple[int, ...], 
         }
     dataset = LeRobotDataset.create(
         "local/x", fps if fps == int(fps) else Rate(fps), features, root=root, use_videos=bool(vcodec),
-        vcodec=vcodec or "h264", video_backend="pyav", metadata_buffer_size=1 if sizes else 10,
+        video_backend="pyav", metadata_buffer_size=1 if sizes else 10, **encoder(vcodec or "h264"),
     )  # fmt: skip
     if sizes:
         dataset.meta.update_chunk_settings(**sizes)
