@@ -34,7 +34,8 @@ from act_model import ACT
 from benchmarks import common
 from benchmarks.common import BenchmarkError, Lines, Report, say
 from lerobot_checkpoint import load_policy
-from rosbag_dataset import ChunkDataset, Episode, compute_stats, exporting, load_episodes, open_pixels, split_episodes
+from rosbag_dataset import ChunkDataset, Episode, compute_stats, load_episodes, open_pixels, split_episodes
+from rosbag_dataset.exporting import export as export_bags
 from training.device import has_fast_bf16
 
 SIDE = Path(__file__).with_name("lerobot_side.py")
@@ -257,7 +258,7 @@ def export(options: argparse.Namespace) -> None:
 
     def ours(codec: str) -> float:
         shutil.rmtree(out, ignore_errors=True)
-        took_s = common.seconds(lambda: exporting.export(settings, out, codec, "reach", progress=False))
+        took_s = common.seconds(lambda: export_bags(settings, out, codec, "reach", progress=False))
         written = json.loads((out / "meta/info.json").read_text())["total_frames"]
         if written != total:
             raise BenchmarkError(f"we wrote {written} frames, LeRobot {total}")
