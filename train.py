@@ -50,10 +50,11 @@ from rosbag_dataset import (
     settings_from,
 )
 from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
+from training.averaging import Average
 from training.checks import check_settings
 from training.errors import ConfigError, Stopped, TrainingError
 from training.failures import claim_failure, explain, print_error
-from training.initial_weights import backbone_weights, load_backbone
+from training.init_from import Origin, find_origin
 from training.ranks import World, world_of_torchrun
 from training.settings import adopt_dataset, finder, read_settings, setting
 from training.stopping import StopSignal
@@ -155,6 +156,10 @@ class TrainingConfig:
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
     compile: str = setting("auto", "torch.compile; auto: off", choices=("auto", "true", "false"))
     resume: str = setting("never", "auto (newest checkpoint), never, or a path", path=True, words=("auto", "never"))
+    init_from: str | None = setting(None, "policy with whose weights a new run begins", path=True)
+    init_stats: str = setting("new", "statistics of the new data, or that policy's", choices=("new", "keep"))
+    init_partial: bool = setting(False, "load what fits of that policy; false: refuse what does not")
+    ema_decay: float | None = setting(None, "the policy is a moving average of the weights, 0.999; null: it is not")
 
 
 @dataclass
@@ -296,10 +301,11 @@ class Trainer:
             trackers.check_installed(cfg.wandb, cfg.mlflow)
         if cfg.training.compile == "true":
             device.check_compiler(world.device)
-        weights = None if resume_from else backbone_weights(cfg.model.vision_backbone, cfg.model.pretrained_backbone)
         state = lerobot_checkpoint.load_training_state(resume_from) if world.is_main and resume_from else None
+        settings = cfg, act_config(cfg), bag_settings(cfg)
+        self.origin: Origin = world.share(find_origin(*settings, resume_from, state) if world.is_main else None)
         self._prepare_data(was=world.share(state and state["fingerprint"]))
-        self._build_model(weights)
+        self._build_model()
         self.tracker_ids: dict[str, str | None] = {}
         self.validation_due: Path | None = None  # a checkpoint made by a stop that left no time to validate
         self.step, self.samples_seen = 0, 0
@@ -319,28 +325,29 @@ class Trainer:
         """Bags to episodes (once per node), samples, statistics; split as in `was`, a resumed run's fingerprint."""
         cfg, world, bags = self.cfg, self.world, bag_settings(self.cfg)
         self.say(f"reading bags in {bags.bag_dir}", flush=True)
-        reference_rad, floored = world.first_on_each_node(lambda: self._read_bags(bags, was), "decoding bags")
+        reference_rad, notes = world.first_on_each_node(lambda: self._read_bags(bags, was), "decoding bags")
         split = self.train_episodes, self.held_out
         self.frames = self._frames_on_device()
         self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
         self.fingerprint = identity.fingerprint(was, self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
         # Once, at the start: it hashes the code that runs.
-        self.contract = identity.robot_contract(self.settings, bags, reference_rad, *split)
+        self.contract = identity.robot_contract(self.settings, bags, reference_rad, *split) | self.origin.recorded
         identity.check_same_on_all_ranks(self.fingerprint, world)
         if world.is_main:
             summary.report_sync(self.output_dir, self.episodes, self.skipped, self.held_out)
-            for line in [*floored, *data_notes(self.episodes, cfg.model.chunk_size, bags)]:
+            for line in [*notes, *data_notes(self.episodes, cfg.model.chunk_size, bags)]:
                 print(f"note: {line}")
 
     def _read_bags(self, bags: BagSettings, was: dict[str, Any] | None) -> tuple[list[float], list[str]]:
         """What takes long once: the cache keeps it for this node's other ranks. -> (angle references, notes)."""
         find = finder(self.cfg.data.lerobot_dataset)
         self.episodes, self.skipped = load_episodes(bags, progress=self.world.local_rank == 0, find=find)
-        self.train_episodes, self.held_out = identity.split(self.episodes, self.cfg.training, was)
-        reference_rad = identity.angle_reference(self.train_episodes, self.held_out, bags, was)
-        self.stats, floored = compute_stats(self.train_episodes, self.cfg.data.image_stats, self.cfg.model.chunk_size)
-        return reference_rad, floored
+        split = self.train_episodes, self.held_out = identity.split(self.episodes, self.cfg.training, was)
+        reference_rad = identity.angle_reference(*split, bags, was, self.origin.angle_reference_rad)
+        measured = compute_stats(self.train_episodes, self.cfg.data.image_stats, self.cfg.model.chunk_size)
+        self.stats, notes = self.origin.on_data(*measured, *split, bags)
+        return reference_rad, notes
 
     def _frames_on_device(self) -> feed.DeviceFrames | None:
         if self.cfg.data.frames_on_device == "never":
@@ -349,16 +356,16 @@ class Trainer:
 
     # Model and optimizer.
 
-    def _build_model(self, weights: dict[str, torch.Tensor] | None) -> None:
-        """The network (its backbone from `weights`), on the device, with its optimizer and schedule."""
+    def _build_model(self) -> None:
+        """The network with the weights that the run begins with, on the device, with its optimizer and schedule."""
         cfg, world, training = self.cfg, self.world, self.cfg.training
         torch.manual_seed(training.seed)  # the same weights on every rank; DDP would also copy rank 0's
         self.act = act_config(cfg)
         self.model = ACT(self.act)
-        if weights is not None:
-            load_backbone(self.model, weights, cfg.model.pretrained_backbone)
+        self.origin.load_into(self.model, cfg.model.pretrained_backbone)
         # The convolutions get their images channels last (that is how pixels are stored), and so their weights.
         self.model.to(world.device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload] - stubs
+        self.average = Average(self.model, training.ema_decay)
         self.normalizer = Normalizer(self.stats).to(world.device)
         groups = [
             {"params": self.model.other_parameters(), "lr": training.lr},
@@ -378,6 +385,8 @@ class Trainer:
             "validation_due": validation_due,
             "schedule": identity.learning_settings(self.settings),
             **self.trackers.ids,
+            **self.origin.recorded,
+            **self.average.state(),
             "window": self.window,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -393,6 +402,7 @@ class Trainer:
             run_dir.score_old_best(self.output_dir, state)
         state = self.world.share(state)
         self.model.load_state_dict(state["model"])
+        self.average.resume(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.window.copy_(state["window"])
@@ -545,6 +555,7 @@ class Trainer:
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.step += 1
+        self.average.update(self.step)
         self.samples_seen += self.effective_batch
         total = l1_loss + training.kl_weight * kl_loss
         self.window += torch.stack([total, l1_loss, kl_loss, grad_norm, torch.ones_like(total)])
@@ -594,8 +605,8 @@ class Trainer:
         """Score the policy on held-out samples, shared among the ranks: lower is better, None if there are none."""
         if not len(self.held_out_dataset):
             return None
-        batch_size = self.cfg.training.batch_size
-        val_l1, samples = validation.score(self.model, self.normalizer, self.held_out_dataset, batch_size, self.world)
+        policy, batch_size = self.average.policy, self.cfg.training.batch_size
+        val_l1, samples = validation.score(policy, self.normalizer, self.held_out_dataset, batch_size, self.world)
         self._append({"step": self.step, "val_l1_loss": val_l1, "val_samples": samples})
         return val_l1
 
@@ -608,14 +619,13 @@ class Trainer:
                 return
             self.saver.submit(
                 self.output_dir, self.step, keep=training.keep_checkpoints, on_error=training.on_save_error,
-                model_state=self.model.state_dict(), act_config=self.act, stats=self.stats,
+                model_state=self.average.policy.state_dict(), act_config=self.act, stats=self.stats,
                 image_shapes=self.episodes[0].image_shape,
                 policy_fields=identity.policy_fields(self.settings),
                 train_config=self.contract,
                 # The resumed run makes up for a validation that a stop left out.
                 training_state=self._state(validation_due=not validate and self.step % training.save_freq == 0),
-                score=score,
-                total_steps=training.steps,
+                score=score, total_steps=training.steps,
             )  # fmt: skip
 
     def _wait_for_save(self) -> None:
@@ -625,18 +635,13 @@ class Trainer:
     def _summarise(self) -> None:
         """The end of the run for people: what the policy does on a few held-out episodes, and where everything is."""
         summary.finish(
-            self.output_dir,
-            self.train_episodes,
-            self.held_out,
-            predict=functools.partial(validation.predict, self.model, self.normalizer, self.world.device),
-            chunk_size=self.cfg.model.chunk_size,
-            action_mean=self.stats["action"]["mean"],
-            contract=self.contract,
+            self.output_dir, self.train_episodes, self.held_out,
+            predict=functools.partial(validation.predict, self.average.policy, self.normalizer, self.world.device),
+            chunk_size=self.cfg.model.chunk_size, action_mean=self.stats["action"]["mean"], contract=self.contract,
             trained=f"ACT, {self.parameters / 1e6:.1f} M parameters, {self.step} steps, effective batch "
             f"{self.effective_batch}, on {self.world.device}",
-            skipped=self.skipped,
-            stop_request=lambda: self.stop.name,
-        )
+            skipped=self.skipped, stop_request=lambda: self.stop.name,
+        )  # fmt: skip
 
 
 # -- the command --------------------------------------------------------------------------------------------------

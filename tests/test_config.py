@@ -84,6 +84,7 @@ SWITCHED_ON = {
     "mlflow__enabled": "true",
     "training__scheduler": "cosine", "training__warmup_steps": 1, "training__steps": 2, "training__save_freq": 1,
     "training__val_fraction": 0.2, "training__keep_checkpoints": 1, "model__n_action_steps": 1,
+    "training__ema_decay": 0.5,
     "model__temporal_ensemble_coeff": 0.02, "data__episodes": "still", "data__trim_still_s": 0.2,
 }  # fmt: skip
 # Of these one excludes the other: each is read where data.episodes says so.

@@ -10,6 +10,8 @@
     device            precision, torch.compile's needs, reading from the device without waiting for it
     validation        the policy in float32 on held-out episodes
     initial_weights   the image backbone's weights to start from
+    init_from         another policy's weights and statistics to start from
+    averaging         the policy as a moving average of the weights
     run_dir           the output directory: one run at a time, what to resume from, what to replace
     metrics           metrics.jsonl, and the pace that is logged in it
     identity          what a run is compared by when it resumes, and the robot's contract

@@ -18,7 +18,7 @@ def check_settings(cfg: Any) -> None:
     topics, units, cosine = data.state_topics or {}, data.state_units or {}, training.scheduler == "cosine"
     states = len(data.joint_names) + len(topics)
     actions = states - len(data.observed_only)
-    ensembling = model.temporal_ensemble_coeff is not None
+    ensembling, begun = model.temporal_ensemble_coeff is not None, training.init_from is not None
     counted = "the number of data.joint_names"
     if topics:
         counted += f" ({len(data.joint_names)}) and data.state_topics ({len(topics)})"
@@ -44,6 +44,12 @@ def check_settings(cfg: Any) -> None:
         (divides, "model.dim_model", model.dim_model, multiple),
         (training.lr > 0, "training.lr", training.lr, "above 0"),
         (training.val_fraction < 1, "training.val_fraction", training.val_fraction, "below 1"),
+        (begun or training.init_stats == "new", "training.init_stats", training.init_stats,
+         "new without training.init_from"),
+        (begun or not training.init_partial, "training.init_partial", training.init_partial,
+         "false without training.init_from"),
+        (training.ema_decay is None or 0 < training.ema_decay < 1, "training.ema_decay", training.ema_decay,
+         "above 0 and below 1, or null"),
         (training.min_lr <= training.lr or not cosine, "training.min_lr", training.min_lr,
          f"at most training.lr {training.lr}"),
         (training.warmup_steps < training.steps or not cosine, "training.warmup_steps", training.warmup_steps,

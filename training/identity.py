@@ -86,15 +86,21 @@ def split(
 
 
 def angle_reference(
-    train: Sequence[Episode], held_out: Sequence[Episode], bags: BagSettings, was: Mapping[str, Any] | None
+    train: Sequence[Episode],
+    held_out: Sequence[Episode],
+    bags: BagSettings,
+    was: Mapping[str, Any] | None,
+    kept: list[float] | None,
 ) -> list[float]:
     """S angles in rad around which joints are wrapped, 0 for states that are not; all episodes are then referred to it.
 
-    As in the run with the fingerprint `was` that goes on (older ones, which have none, wrapped around 0), else from the
-    training episodes.
+    As in the run with the fingerprint `was` that goes on (older ones, which have none, wrapped around 0), else those
+    that are `kept` with the statistics of a policy that it begins with, else from the training episodes.
     """
     if was is not None:
         reference_rad = was.get("angle_reference_rad", [0.0] * len(bags.state_names))
+    elif kept is not None:
+        reference_rad = kept
     else:
         wrapped = bags.revolute & bags.wrap_angles
         angles = zip(angle_references(train), wrapped, strict=True)
@@ -161,7 +167,7 @@ def _commands(data: Mapping[str, Any]) -> dict[str, Any]:
 def learning_settings(settings: Settings) -> dict[str, Any]:
     """What a resumed run may change, and says: how it learns from here on."""
     training = settings["training"]
-    keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler"]
+    keys = ["lr", "lr_backbone", "weight_decay", "kl_weight", "grad_clip_norm", "scheduler", "ema_decay"]
     if training["scheduler"] != "none":
         keys += ["warmup_steps", "min_lr", "steps"]
     augmentation = settings["augmentation"] if settings["augmentation"]["enabled"] else {"enabled": False}
@@ -219,9 +225,11 @@ def check_unchanged(was: dict[str, Any], now: dict[str, Any], episodes: Sequence
         since = ("sample order", "angle_reference_rad", "training.val_fraction")
         was = was | {name: now[name] for name in since}
     if changed := differences(BEFORE_CUTTING | was, now):
+        new_run = "a new run in another training.output_dir"
+        if any(text.startswith(("training episodes", "held-out episodes")) for text in changed):
+            new_run += f", on these recordings with these weights: training.init_from={checkpoint}"
         raise CheckpointError(
-            f"{checkpoint}: cannot resume, the run has changed: {'; '.join(changed)}; set it back, or start a "
-            "new run in another training.output_dir"
+            f"{checkpoint}: cannot resume, the run has changed: {'; '.join(changed)}; set it back, or start {new_run}"
         )
 
 
