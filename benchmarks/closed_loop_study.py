@@ -50,6 +50,7 @@ ARMS = {
     "delta": Arm(("conventions.action_mode=delta",)),
     "relative": Arm(("conventions.action_mode=relative",)),
     "VAE": Arm(VAE),
+    "EMA": Arm(("training.ema_decay=0.99",)),
     "chunk 15": Arm(("model.chunk_size=15",)),
     "chunk 60": Arm(("model.chunk_size=60",)),
     "executes 1": Arm(rollout=("--mode", "every-step")),

@@ -46,6 +46,9 @@ STEP = "test_train_step.py::test_five_steps_are_those_of_lerobots_loss_and_torch
 TWO_RANKS = "test_train_step.py::test_five_steps_of_two_ranks_are_the_same"
 COSINE = "test_train.py::test_the_cosine_curve_point_by_point"
 RESUMED = "test_resume.py::test_an_interrupted_run_is_the_same_run[stops0]"
+KEPT = "test_init_from.py::test_kept_statistics_outlast_a_resume_and_the_policy"
+AVERAGED = "test_averaging.py::test_the_average_is_the_policy_and_training_does_not_notice"
+SWEPT = "test_sweep.py::test_three_arms_of_which_one_fails_and_one_is_interrupted"
 STATISTICS = "test_statistics.py::test_statistics_are_those_of_all_training_frames[delta]"
 FLOORS = "test_statistics.py::test_deviations_have_a_floor"
 CHUNKS = "test_samples.py::test_no_action_and_no_chunk_crosses_a_gap_or_an_episode[delta]"
@@ -222,6 +225,47 @@ MUTANTS = [
     Mutant("resume: a run without a whole checkpoint starts over", "training/run_dir.py",
            "if newest is None and passed_over:", "if False:",
            "test_run_dir.py::test_no_whole_checkpoint_is_no_fresh_start"),
+    # Beginning with another policy, averaging the weights.
+    Mutant("begin: no weights are taken", "training/init_from.py",
+           "model.load_state_dict({**model.state_dict(), **self.weights})", "pass",
+           "test_init_from.py::test_a_run_on_other_bags_begins_with_these_weights"),
+    Mutant("begin: statistics are always kept", "training/init_from.py", "if keep and key in", "if key in",
+           "test_init_from.py::test_a_run_on_other_bags_begins_with_these_weights"),
+    Mutant("begin: a resumed run measures statistics anew", "training/init_from.py",
+           "stats={key: stats[key] for key in kept}, recorded", "stats={}, recorded", KEPT),
+    Mutant("begin: angles turn although statistics are kept", "training/init_from.py",
+           "angle_reference_rad=reference if STATE in kept else None", "angle_reference_rad=None", KEPT),
+    Mutant("begin: a camera more is not noticed", "training/init_from.py",
+           "*actions, *cameras, *network]", "*actions, *network]",
+           "test_init_from.py::test_what_does_not_fit_is_refused_by_name[a camera more]"),
+    Mutant("begin: weights of other actions are taken for these", "training/init_from.py",
+           "(OF_ACTIONS if other_actions else ())", "()",
+           "test_init_from.py::test_in_part_what_fits_is_loaded_and_the_rest_is_listed"),
+    Mutant("begin: what was trained on counts as unseen", "training/init_from.py",
+           "in (None, e.content_hash)]", "in ()]",
+           "test_init_from.py::test_what_the_policy_was_trained_on_is_no_new_recording"),
+    Mutant("average: it is not the policy", "train.py",
+           "model_state=self.average.policy.state_dict()", "model_state=self.model.state_dict()", AVERAGED),
+    Mutant("average: it is not what is validated", "train.py",
+           "policy, batch_size = self.average.policy,", "policy, batch_size = self.model,", AVERAGED),
+    Mutant("average: it does not warm up", "training/averaging.py",
+           "min(self.decay, 1 - step**-WARM_UP_POWER)", "self.decay",
+           "test_averaging.py::test_the_average_is_the_one_by_hand"),
+    Mutant("average: a resumed run trains the average", "training/averaging.py",
+           "state.get(OWN_WEIGHTS, self.model.state_dict())", "self.model.state_dict()",
+           "test_averaging.py::test_a_resumed_average_is_the_same[2]"),
+    Mutant("average: a resumed one begins anew", "training/averaging.py",
+           "        self.policy.load_state_dict(self.model.state_dict())\n", "        pass\n",
+           "test_averaging.py::test_a_resumed_average_is_the_same[2]"),
+    # Sweeps.
+    Mutant("sweep: what is finished is run again", "sweep.py",
+           "if command is None or done.has(run, stage, command):", "if command is None:", SWEPT),
+    Mutant("sweep: an arm that fails is not told by the exit code", "sweep.py",
+           "return 1 if failed else 0", "return 0", SWEPT),
+    Mutant("sweep: a signal ends an arm before it has saved", "sweep.py",
+           "run.process.terminate()", "run.process.kill()", SWEPT),
+    Mutant("sweep: the least success comes first", "sweep.py", "(-self.success[0] if", "(self.success[0] if",
+           "test_sweep.py::test_the_order_is_that_of_success_and_intervals_are_over_seeds"),
     # `best` and `last`.
     Mutant("best: it is the worst", "lerobot_checkpoint/directory.py",
            "return min(scored, key=", "return max(scored, key=", SCORES),

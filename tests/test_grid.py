@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,41 @@ def test_any_setting_can_be_swept():
     configs = [train.load_config(ROOT / "config.yaml", arm.settings) for arm in arms]
     assert [c.conventions.image_resize for c in configs] == [[240, 320], [120, 160], None] * 2
     assert [c.training.scheduler for c in configs] == ["none"] * 3 + ["cosine"] * 3
+
+
+def test_a_grid_in_a_file(tmp_path: Path):
+    """The example is the documents' six arms; a list is one value; only OSMO limits how many arms there are."""
+    assert parse_grid(str(ROOT / "grid.example.yaml")) == parse_grid(EXAMPLE)
+    file = tmp_path / "grid.yaml"
+    file.write_text("conventions.image_resize: [[240, 320], null]\ntraining.seed: [1, 02]\n")
+    arms = [arm.settings for arm in parse_grid(str(file))]
+    assert arms[0] == ("conventions.image_resize=[240,320]", "training.seed=1")
+    assert arms[3] == ("conventions.image_resize=null", "training.seed=02")
+    file.write_text(f"training.seed: {list(range(25))}\n")
+    assert len(parse_grid(str(file), osmo=False)) == 25
+    with pytest.raises(ConfigError, match="found 25 runs, expected at most 19"):
+        parse_grid(str(file))
+
+
+FILES_REFUSED = {
+    "one value": ("training.lr: 1e-4\n", "grid: FILE: found {'training.lr': '1e-4'}, expected section.key: [value,"),
+    "no mapping": ("- 1\n", "grid: FILE: found ['1'], expected section.key: [value,"),
+    "nothing": ("", "grid: FILE: found None, expected section.key: [value,"),
+    "no values": ("training.lr: []\n", "grid: found training.lr, expected section.key=value,value,..."),
+    "a key twice": ("a.b: [1]\na.b: [2]\n", "grid: FILE: not valid YAML at line 2, column 1: key 'a.b' given twice"),
+    "a value twice": ("a.b: [1, 1.0]\n", "grid: a.b=1,1.0: found a value twice"),
+    "no file": (None, "grid: FILE: cannot read it (No such file or directory)"),
+}
+
+
+@pytest.mark.parametrize("text, message", FILES_REFUSED.values(), ids=list(FILES_REFUSED))
+def test_a_file_that_is_no_grid_is_one_line(tmp_path: Path, text: str | None, message: str):
+    if text is not None:
+        (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        parse_grid(str(tmp_path / "grid.yaml"))
+    line = str(refusal.value).replace(str(tmp_path / "grid.yaml"), "FILE")
+    assert line.startswith(message) and "\n" not in line
 
 
 LABELS = {"1e-4": "1e4", "0.0001": "1e4", "2.5e-05": "2_5e5", "1e4": "10000", "10.0": "10", "0.5": "0_5", "-1": "m1",

@@ -142,9 +142,10 @@ def test_what_is_run_by_hand_imports_what_exists(path: Path):
             assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
-@pytest.mark.parametrize("module", ["rosbag_dataset", "sim.record", "sim.world"])
+@pytest.mark.parametrize("module", ["rosbag_dataset", "sim.record", "sim.world", "sweep"])
 def test_what_is_no_policy_loads_no_torch(module: str):
-    """Not by way of some library, either: bags are read and recorded, and the cell simulated, without any."""
+    """Not by way of some library, either: bags are read and recorded, the cell is simulated, and commands are run,
+    without any."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

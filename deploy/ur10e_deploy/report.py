@@ -315,6 +315,49 @@ def draw_comparison(path: Path, groups: Sequence[Sequence[tuple[str, Mapping[str
     _save(figure, path)
 
 
+def draw_arms(path: Path, arms: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the arms of a sweep, best first: success in closed loop beside the error on recordings, with every seed.
+
+    Args:
+        path: of the PNG.
+        arms: "arm" (its name), "success" (rate, low, high) or None, "rates" of each seed, "mae" of each seed,
+            "mae_interval" (low, high) or None, and "unit", in which those are.
+    """
+    figure = _new_figure(13, 1.5 + 0.5 * len(arms))
+    measured = any(arm["success"] for arm in arms)
+    grid = figure.add_gridspec(1, 1 + measured)
+    y, names = np.arange(len(arms)), [arm["arm"] for arm in arms]
+    if measured:
+        axes = figure.add_subplot(grid[0, 0])
+        for row, arm in enumerate(arms):
+            if arm["success"]:
+                _bar_with_seeds(axes, row, *(100 * x for x in arm["success"]), [100 * rate for rate in arm["rates"]])
+        axes.set(xlabel="success in closed loop, %, with its 95 % interval; dots: seeds", xlim=(0, 100))
+        axes.set_yticks(y, names)
+        axes.invert_yaxis()
+    axes = figure.add_subplot(grid[0, -1])
+    unit = next((arm["unit"] for arm in arms if arm["mae"]), "")
+    scale, readable = _readable(unit)
+    for row, arm in enumerate(arms):
+        if arm["mae"] and arm["unit"] != unit:  # a delta and a position are not on one axis
+            axes.text(0, row, f" {np.mean(arm['mae']):.3g} {arm['unit']}", va="center")
+        elif arm["mae"]:
+            errors = [scale * mae for mae in arm["mae"]]
+            low, high = arm["mae_interval"] or (arm["mae"][0],) * 2
+            _bar_with_seeds(axes, row, float(np.mean(errors)), scale * low, scale * high, errors)
+    axes.set(xlabel=f"mean absolute error on what was held out, {readable}", xlim=(0, None))
+    axes.set_yticks(y, [] if measured else names)
+    axes.invert_yaxis()
+    _save(figure, path)
+
+
+def _bar_with_seeds(axes: Axes, row: int, value: float, low: float, high: float, seeds: Sequence[float]) -> None:
+    axes.barh(row, value, color=PREDICTED, alpha=0.6, height=0.6)
+    if high > low:
+        axes.plot([max(0, low), high], [row, row], color="0.2", linewidth=1.5)
+    axes.plot(seeds, [row] * len(seeds), "o", color=ERROR, markersize=5)
+
+
 def _bars(axes: Axes, labels: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
     width = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
