@@ -112,6 +112,15 @@ def test_what_does_not_fit_is_refused_by_name(trained: Path, sample_bags: Path, 
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_run_does_not_overwrite_what_it_begins_with(trained: Path, sample_bags: Path, tmp_path: Path, capsys):
+    """--overwrite would remove the policy before it is read: refused, and still there."""
+    copied = Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    for path in (copied, copied / "last"):
+        assert train.main(arguments(sample_bags, tmp_path, ("--overwrite",), training__init_from=path)) == 1
+        assert f"training.init_from: found {path}, expected a policy outside" in capsys.readouterr().err
+    assert_equal(weights(copied), weights(trained))
+
+
 def test_in_part_what_fits_is_loaded_and_the_rest_is_listed(trained: Path, other_bags: Path, tmp_path: Path, capsys):
     """init_partial, with other actions and another chunk: what depends on these begins as in any run with this seed.
     Statistics that are kept are those of what means the same."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rosbag_dataset import command_rules, episode_rules, setting_rules, state_rules
@@ -44,6 +45,8 @@ def check_settings(cfg: Any) -> None:
         (divides, "model.dim_model", model.dim_model, multiple),
         (training.lr > 0, "training.lr", training.lr, "above 0"),
         (training.val_fraction < 1, "training.val_fraction", training.val_fraction, "below 1"),
+        (not begun or not _within(training.init_from, training.output_dir), "training.init_from", training.init_from,
+         f"a policy outside training.output_dir {training.output_dir}, which the new run is written to"),
         (begun or training.init_stats == "new", "training.init_stats", training.init_stats,
          "new without training.init_from"),
         (begun or not training.init_partial, "training.init_partial", training.init_partial,
@@ -58,3 +61,9 @@ def check_settings(cfg: Any) -> None:
     for holds, dotted, found, expected in rules:
         if not holds:
             raise ConfigError(f"{dotted}: found {found}, expected {expected}")
+
+
+def _within(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies in it."""
+    resolved = Path(path).resolve()
+    return Path(folder).resolve() in (resolved, *resolved.parents)
