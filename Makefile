@@ -95,7 +95,7 @@ lint: .venv/installed-all
 .venv-mlflow/installed: constraints-mlflow.txt | $(filter .uv/bin/uv,$(UV))
 	@echo "== installing an MLflow server into .venv-mlflow, for the tests of the tracker"
 	@test -x .venv-mlflow/bin/python || $(UV) venv --quiet .venv-mlflow
-	@$(UV) pip install --quiet --python .venv-mlflow/bin/python -c constraints-mlflow.txt mlflow
+	@$(UV) pip install --quiet --python .venv-mlflow/bin/python -c constraints-mlflow.txt 'mlflow[auth]'
 	@touch $@
 
 # Azurite, a Blob server, and azcopy: for the tests of osmo/download-blob.sh.
@@ -132,7 +132,7 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--no-annotate - -o constraints-lerobot-0.4.4.txt
 	echo 'lerobot[training]==0.6.1 rosbags' | tr ' ' '\n' | $(UV) pip compile --quiet --universal --python-version 3.12 \
 		--no-emit-index-url --no-header --no-annotate - -o constraints-lerobot-0.6.1.txt
-	echo mlflow | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
+	echo 'mlflow[auth]' | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-mlflow.txt
 
 clean:

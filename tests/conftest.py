@@ -36,10 +36,18 @@ def sample_bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+def running_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """An MLflow server, for tests with the mark xdist_group("mlflow"), of which one worker runs all."""
     with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
         yield server
+
+
+@pytest.fixture
+def mlflow_server(running_mlflow: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
+    """The same, with the name and the password that it asks for in this test's environment."""
+    for name, value in running_mlflow.credentials.items():
+        monkeypatch.setenv(name, value)
+    return running_mlflow
 
 
 @pytest.fixture

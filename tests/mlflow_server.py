@@ -1,6 +1,7 @@
-"""A real MLflow tracking server on loopback, with its store in sqlite.
+"""A real MLflow tracking server on loopback, with its store in sqlite, that asks for a name and a password.
 
     with MlflowServer(tmp_path) as server:
+        os.environ.update(server.credentials)
         server.client.get_run(...)
 
 It has an environment of its own, .venv-mlflow (`make .venv-mlflow/installed`).
@@ -9,6 +10,7 @@ It has an environment of its own, .venv-mlflow (`make .venv-mlflow/installed`).
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 from pathlib import Path
@@ -19,14 +21,27 @@ from tests.azurite import ROOT, free_port, wait_until_it_listens
 PYTHON = ROOT / ".venv-mlflow" / "bin" / "python"
 EXPERIMENT = "ur10e-act-train"
 
+# A password is looked up for each request, by a hash that is slow on purpose: here, once a minute.
+USERS = """[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = sqlite:///users.db
+auth_cache_ttl_seconds = 60
+"""
+
 
 class MlflowServer:
-    """The server as a context manager; it can be stopped and started again, on the same store and port."""
+    """The server as a context manager; it can be stopped and started again, on the same store and port.
+
+    Attributes:
+        uri: for mlflow.tracking_uri.
+        credentials: the environment that a client needs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._process = folder / "mlflow-server", None
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.credentials = {"MLFLOW_TRACKING_USERNAME": "cell", "MLFLOW_TRACKING_PASSWORD": secrets.token_hex()}
 
     def __enter__(self) -> MlflowServer:
         self.start()
@@ -38,8 +53,10 @@ class MlflowServer:
     def start(self) -> None:
         """Start it and wait until it listens."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "users.ini").write_text(USERS)
         command = [
-            str(PYTHON), "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            str(PYTHON), "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1", "--host", "127.0.0.1",
+            "--port", str(self.port),
             "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
             "--artifacts-destination", str(self._folder / "artifacts"),
         ]  # fmt: skip
@@ -47,6 +64,10 @@ class MlflowServer:
         environment = {
             **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": "",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes more, which no test needs
+            "MLFLOW_AUTH_CONFIG_PATH": str(self._folder / "users.ini"),
+            "MLFLOW_AUTH_ADMIN_USERNAME": self.credentials["MLFLOW_TRACKING_USERNAME"],
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.credentials["MLFLOW_TRACKING_PASSWORD"],
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),
         }  # fmt: skip
         self._process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True
@@ -66,7 +87,7 @@ class MlflowServer:
 
     @property
     def client(self) -> Any:
-        """MLflow's own client of it."""
+        """MLflow's own client of it; `credentials` have to be in the environment."""
         import mlflow
 
         return mlflow.MlflowClient(tracking_uri=self.uri)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+import train
 from lerobot_checkpoint import verify_checkpoint
 from tests.azurite import free_port
 from tests.checks import wait_for
 from tests.mlflow_server import PYTHON, MlflowServer
-from tests.tiny import error_line, metrics, run, run_process, start, torchrun, wait_for_step
+from tests.tiny import arguments, error_line, metrics, run, run_process, start, torchrun, wait_for_step
 from training import mlflow_tracker
 from training.metrics import METRICS
 from training.trackers import MlflowConfig
@@ -123,6 +124,50 @@ def test_what_can_never_be_logged_is_refused_at_once(mlflow_server: MlflowServer
     result = run_process(sample_bags, tmp_path, mlflow__enabled="true", mlflow__tracking_uri="nonsense://x")
     assert "nonsense://x refuses" in error_line(result) and "mlflow.tracking_uri" in error_line(result)
     assert not (tmp_path / "run/metrics.jsonl").exists() and result.returncode == 1
+
+
+PASSWORD = "MLFLOW_TRACKING_PASSWORD"
+NOT_KNOWN = "does not know MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+
+
+def test_a_wrong_password(mlflow_server: MlflowServer, sample_bags: Path, tmp_path: Path, monkeypatch, capsys):
+    """A run that begins is refused before its first step, in one line. One that goes on, goes on without a step less:
+    one line says what is wrong, one at the end how much is missing, and the next attempt sends it."""
+    right = mlflow_server.credentials[PASSWORD]
+    asked = {"mlflow__enabled": "true", "mlflow__tracking_uri": mlflow_server.uri, "training__log_freq": 1}
+    monkeypatch.setenv(PASSWORD, "wrong")
+    assert train.main(arguments(sample_bags, tmp_path, **asked)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mlflow" in line]
+    assert line.startswith(f"error: mlflow.enabled: {mlflow_server.uri} refuses (it {NOT_KNOWN}")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+    monkeypatch.setenv(PASSWORD, right)
+    run(sample_bags, tmp_path, training__steps=2, **asked)
+    begun = newest_run(mlflow_server)
+    monkeypatch.setenv(PASSWORD, "wrong")
+    output = run(sample_bags, tmp_path, "--resume", training__steps=4, **asked)
+    first, last = [line for line in capsys.readouterr().err.splitlines() if "mlflow" in line]
+    assert first.startswith("note: ") and NOT_KNOWN in first and first.endswith("training goes on, and no more is sent")
+    assert last.startswith("note: ") and "lines of metrics could not be sent" in last
+    assert [step for step, _ in in_metrics(output, "loss")] == [1, 2, 3, 4]
+
+    monkeypatch.setenv(PASSWORD, right)
+    run(sample_bags, tmp_path, "--resume", training__steps=5, **asked)
+    for key in ("loss", "val_l1_loss"):
+        assert history(mlflow_server, begun.info.run_id, key) == in_metrics(output, key)
+
+
+def test_a_password_that_changes_in_the_middle(mlflow_server: MlflowServer, tmp_path: Path, monkeypatch, capsys):
+    """Training waits for nothing and hears of it once."""
+    tracker = mlflow_tracker.MlflowTracker(MlflowConfig(True, mlflow_server.uri), tmp_path, None, 0, {}, {})
+    tracker.log({"step": 1, "loss": 1.0})
+    wait_for(lambda: history(mlflow_server, tracker.id, "loss"))
+    monkeypatch.setenv(PASSWORD, "wrong")
+    for step in range(2, 102):
+        tracker.log({"step": step, "loss": 1 / step})
+    tracker.finish(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and NOT_KNOWN in lines[0] and "100 lines of metrics could not be sent" in lines[1], lines
 
 
 def test_an_earlier_run_that_is_not_there(mlflow_server: MlflowServer, tmp_path: Path, monkeypatch, capsys):

@@ -487,10 +487,13 @@ def test_wandb_offline(sample_bags: Path, nothing: Path, tmp_path: Path):
 
 @pytest.mark.xdist_group("mlflow")
 def test_mlflow_instead(sample_bags: Path, nothing: Path, tmp_path: Path, mlflow_server: MlflowServer):
-    """With mlflow_uri the same workflow logs there, under the workflow's id."""
-    made = task("osmo-workflow-wandb.yaml", STORAGE, f"mlflow_uri={mlflow_server.uri}", training__steps=3)
-    box = TaskBox(tmp_path, made, {0: sample_bags, 1: nothing})
+    """With mlflow_uri the same workflow logs there, under the workflow's id; name and password are a credential's."""
+    server = (f"mlflow_uri={mlflow_server.uri}", "mlflow_credential=mlflow")
+    made = task("osmo-workflow-wandb.yaml", STORAGE, *server, training__steps=3)
+    assert set(made["credentials"]["mlflow"]) == set(mlflow_server.credentials)
+    box = TaskBox(tmp_path, made, {0: sample_bags, 1: nothing}, **mlflow_server.credentials)  # as OSMO sets them
     assert box.run() == 0, box.log()
+    assert mlflow_server.credentials["MLFLOW_TRACKING_PASSWORD"] not in box.log()
     (logged,) = [each for each in mlflow_server.runs() if each.info.run_name == "workflow-7"]
     assert logged.info.status == "FINISHED" and logged.data.params["training.output_dir"] == "/output/train-rosbag-act"
 

@@ -79,7 +79,7 @@ class MlflowTracker:
         facts: further tags.
 
     Raises:
-        ConfigError: the package is missing, or the server can be reached and refuses.
+        ConfigError: the package is missing, or the server can be reached and refuses a run that begins.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MlflowTracker:
             self._client = self._mlflow.MlflowClient(tracking_uri=section.tracking_uri)
             self._open()
         except Exception as error:  # MLflow lets errors of requests and urllib3 through
-            if self._is_final(error):
+            if self._is_final(error) and step == 0:  # a run that goes on is not worth losing for this
                 raise ConfigError(
                     f"mlflow.enabled: {self._where()} refuses ({_reason(error)}); set mlflow.tracking_uri to an MLflow "
                     "server that takes runs, or mlflow.enabled to false"
@@ -291,4 +291,6 @@ class MlflowTracker:
 
 
 def _reason(error: Exception) -> str:
+    if getattr(error, "error_code", None) == "UNAUTHENTICATED":
+        return "it does not know MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or they are not set"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
