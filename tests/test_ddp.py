@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,34 @@ import torch
 import train
 from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoint
 from tests.azurite import free_port
+from tests.once import once
 from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
 from training.failures import collective_fault
 
 NO_VALIDATION = {"training__val_fraction": 0}
 PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
+LONG = {"training__steps": 20, "training__save_freq": 5, "training__log_freq": 1}
+
+
+def train_two(bags: Path, folder: Path, *flags: str, **overrides: object) -> Path:
+    """Two ranks train to their end; -> the output directory."""
+    done = run_process(bags, folder, *flags, launcher=torchrun(2), **overrides)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def unbroken(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks leave after LONG, never interrupted; read-only for the tests."""
+    return once(tmp_path_factory, "ddp-unbroken", lambda folder: train_two(sample_bags, folder, **LONG)) / "run"
+
+
+@pytest.fixture
+def begun(sample_bags: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of the same run in `tmp_path`, of which two ranks have done five steps."""
+    five = LONG | {"training__steps": 5}
+    made = once(tmp_path_factory, "ddp-begun", lambda folder: train_two(sample_bags, folder, **five)) / "run"
+    return shutil.copytree(made, tmp_path / "run", symlinks=True)
 
 
 def test_two_ranks_train_like_one_with_twice_the_batch(sample_bags: Path, tmp_path: Path):
@@ -90,25 +114,16 @@ def test_reduced_gradients_and_sgd_steps_agree(sample_bags: Path, tmp_path: Path
     assert worst < 1e-6
 
 
-def test_two_ranks_resume_bit_for_bit(sample_bags: Path, tmp_path: Path):
+def test_two_ranks_resume_bit_for_bit(begun: Path, unbroken: Path, sample_bags: Path, tmp_path: Path):
     """Dropout and VAE on, two ranks on gloo: interrupted and resumed equals unbroken, to the last bit."""
-    for folder, stops in (("unbroken", (6,)), ("broken", (2, 6))):
-        for steps in stops:
-            done = run_process(
-                sample_bags, tmp_path / folder, "--resume", launcher=torchrun(2), training__steps=steps,
-                training__save_freq=2,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "broken/run", tmp_path / "unbroken/run")
+    assert_same_run(train_two(sample_bags, tmp_path, "--resume", **LONG), unbroken)
 
 
-def test_another_number_of_ranks_keeps_the_place_and_is_said(sample_bags: Path, tmp_path: Path, capsys):
+def test_another_number_of_ranks_keeps_the_place_and_is_said(begun: Path, sample_bags: Path, tmp_path: Path, capsys):
     """Two ranks, then one: the run goes on from the same sample and says what is no longer exact."""
-    done = run_process(sample_bags, tmp_path, launcher=torchrun(2), training__steps=3)
-    assert done.returncode == 0, done.stderr
-    run(sample_bags, tmp_path, "--resume", training__steps=4)
+    run(sample_bags, tmp_path, "--resume", training__steps=6)
     assert "ranks (was 2, is 1)" in capsys.readouterr().out
-    assert load_training_state(tmp_path / "run/last")["samples_seen"] == 3 * 4 + 2
+    assert load_training_state(begun / "last")["samples_seen"] == 5 * 4 + 2
 
 
 def start(bags: Path, folder: Path, *options: str, script: Path = ROOT / "train.py", **overrides) -> subprocess.Popen:
@@ -152,17 +167,16 @@ def test_a_signal_to_the_whole_process_group_loses_no_save(sample_bags: Path, tm
     assert f"at step {load_training_state(tmp_path / 'run/last')['step']};" in marker["stopped by"]
 
 
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_exact(sample_bags: Path, tmp_path: Path):
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_weights_are_exact(
+    unbroken: Path, sample_bags: Path, tmp_path: Path
+):
     """--max-restarts: one rank is killed; torchrun restarts both, they resume by themselves (the store trap)."""
-    settings = {"training__steps": 30, "training__save_freq": 5, "training__log_freq": 1}
-    process = start(sample_bags, tmp_path / "killed", "--max-restarts=2", **settings)
-    wait_for_step(tmp_path / "killed/run", 7, process)
+    process = start(sample_bags, tmp_path, "--max-restarts=2", **LONG)
+    wait_for_step(tmp_path / "run", 7, process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    unbroken = run_process(sample_bags, tmp_path / "unbroken", launcher=torchrun(2), **settings)
-    assert unbroken.returncode == 0, unbroken.stderr
-    assert_same_run(tmp_path / "killed/run", tmp_path / "unbroken/run")
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 SICK = """
