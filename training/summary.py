@@ -102,9 +102,13 @@ def draw(
     middle = next(i for i in range(len(dataset)) if dataset.locate(i)[1] == frames[len(frames) * 2 // 3])
     cameras = list(episode.image_shape)
     rows = 1 + -(-len(names) // 3)
-    figure = plt.figure(figsize=(12, 2.9 * rows), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    grid = figure.add_gridspec(rows, 6)
+    height = 2.9 * rows  # inches
+    figure = plt.figure(figsize=(12, height))
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
+    # Fixed places: to find them (layout="constrained") matplotlib draws everything once more.
+    grid = figure.add_gridspec(
+        rows, 6, left=0.085, right=0.985, bottom=0.5 / height, top=1 - 0.88 / height, wspace=0.68, hspace=0.34
+    )
 
     curves = figure.add_subplot(grid[0, :3])
     curves.plot([m["step"] for m in training], [m["loss"] for m in training], label="loss", color="0.6")
