@@ -85,11 +85,12 @@ def test_no_whole_checkpoint_is_no_fresh_start(sample_bags: Path, tmp_path: Path
 
 def test_best_is_found_again_after_a_kill_between_the_links(sample_bags: Path, tmp_path: Path):
     """`best` follows the scores in the checkpoints, wherever the link was left; it is not pruned meanwhile."""
-    output = run(sample_bags, tmp_path, training__save_freq=1)
+    three = {"training__steps": 3, "training__save_freq": 1}
+    output = run(sample_bags, tmp_path, **three)
     best = (output / "best").resolve()
     for wrong in lerobot_checkpoint.list_checkpoints(output):
         lerobot_checkpoint.point_link(output, "best", wrong)
-        run(sample_bags, tmp_path, "--resume", training__save_freq=1)
+        run(sample_bags, tmp_path, "--resume", **three)
         assert (output / "best").resolve() == best
 
 
@@ -167,6 +168,7 @@ def test_old_checkpoints_are_pruned_after_a_good_save(sample_bags: Path, tmp_pat
 def test_overwrite_clears_what_a_killed_run_was_pruning(sample_bags: Path, tmp_path: Path):
     """Else the new run, pruning the same checkpoint, could not move it out of the way."""
     (tmp_path / "run/.tmp-checkpoint_000001-pruned/training_state").mkdir(parents=True)
-    output = run(sample_bags, tmp_path, "--overwrite", training__save_freq=1, training__keep_checkpoints=1)
+    two = {"training__steps": 2, "training__save_freq": 1, "training__keep_checkpoints": 1, "training__val_fraction": 0}
+    output = run(sample_bags, tmp_path, "--overwrite", **two)
     assert "checkpoint_000001" not in {p.name for p in lerobot_checkpoint.list_checkpoints(output)}
     assert not list(output.glob(".tmp-*"))
