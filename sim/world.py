@@ -13,6 +13,7 @@ Knows: the scene, the arm's way of following commands, the age of an image, dist
 Must not know: policies, checkpoints, how many worlds there are, what is reported.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -165,7 +166,7 @@ class World:
 
     def pose_rad(self, at_s):
         """Where the arm was at `at_s`, between control steps too: (6,) rad. It stood still before the start."""
-        i = int(np.searchsorted(self._servo_s, at_s))
+        i = bisect_left(self._servo_s, at_s)
         if i == 0 or i == len(self._servo_s):
             return self._servo_rad[0 if i == 0 else -1]
         part = (at_s - self._servo_s[i - 1]) / (self._servo_s[i] - self._servo_s[i - 1])
