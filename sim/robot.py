@@ -25,15 +25,19 @@ from sim.world import CONTROL_HZ, World
 JOINT_HZ, CAMERA_HZ = 125.0, CONTROL_HZ  # JOINT_HZ as in sim.record
 BRAKING_RAD_S2 = 10.0
 CAMERA = "camera"  # kinds of Fault
-JOINTS, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED = (
-    "joints", "protective stop", "emergency stop", "program", "controller", "speed scaling",
+JOINTS, HELD, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED = (
+    "joints", "held", "protective stop", "emergency stop", "program", "controller", "speed scaling",
 )  # fmt: skip
-FAULTS = (CAMERA, JOINTS, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED)
+FAULTS = (CAMERA, JOINTS, HELD, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong from `from_s` to before `to_s` on the robot's clock; `kind` is one of FAULTS."""
+    """Something that goes wrong from `from_s` to before `to_s` on the robot's clock.
+
+    `kind` is one of FAULTS: the camera or the joint states fall silent, something holds the arm, the robot stops by
+    itself, its program ends, another controller is activated, somebody turns the speed down.
+    """
 
     kind: str
     from_s: float
@@ -128,7 +132,7 @@ class SimRobot:
             self._setpoint = self._person(self.world.time_s + period_s)
         elif self._halted or not self.status().program_running or any(map(self._faulty, (PROTECTIVE, EMERGENCY))):
             self._setpoint = self._braked(period_s)
-        self.world.command(self._setpoint)
+        self.world.command(self.world.path_rad[-1] if self._faulty(HELD) else self._setpoint)
         now_s = self.world.time_s
         for kind, rate_hz in ((JOINTS, JOINT_HZ), (CAMERA, CAMERA_HZ)):
             # The last moment of its own grid; 1e-9: a moment that is now, up to rounding.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ur10e_deploy import robot
 
 import rosbag_dataset
 from tests.checks import ROOT
@@ -113,6 +114,17 @@ def test_what_all_may_import_imports_nothing(module: str):
     assert not {name.partition(".")[0] for name in names} & project_modules()
     _, outside = imports_of(ROOT / "rosbag_dataset")
     assert {f"{room}.py" for room, of in outside.items() if module in of} <= BESIDE
+
+
+def test_robots_are_the_only_way_up_from_the_robot_side():
+    """deploy/ names the modules that bring robots as text, in one table, and imports them when they are asked for:
+    nothing else leads from it to sim/ or a driver, no other import is hidden, and what is named there exists."""
+    assert all(importlib.import_module(module).open_robot for module in robot.ROBOTS.values())
+    for path in (ROOT / "deploy/ur10e_deploy").glob("*.py"):
+        text = path.read_text()
+        assert path.stem == "robot" or "import_module" not in text and "__import__" not in text, path
+    code = "import sys, ur10e_deploy.run; sys.exit('sim' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_only_tests_benchmarks_and_submit_import_train():

@@ -29,6 +29,7 @@ from rosbag_dataset import (
     angle_references,
     cut_settings,
     divide,
+    open_pixels,
     refer_angles,
     split_episodes,
 )
@@ -50,6 +51,8 @@ Settings = Mapping[str, Mapping[str, Any]]
 # Up to 2 epochs were permuted by torch.randperm, and such runs go on so (feed.ORDERS); 3: by a Feistel network.
 RANDPERM_ORDER = 2
 SAMPLE_ORDER = 3
+
+MAX_STARTS = 100  # starts of episodes that a checkpoint names: 6 kB of its contract
 
 # What a fingerprint means that was made before it had these keys: one bag is one episode.
 BEFORE_CUTTING = {"data.episodes": "bag", "data.trim_still_s": None, "training.hold_out": "bag"}
@@ -294,8 +297,24 @@ def robot_contract(
         "pretrained_backbone": settings["model"]["pretrained_backbone"],
         "training_episodes": [e.name for e in train],
         "held_out_episodes": [e.name for e in held_out],
+        **starts(train),
         "code": source_version(),
         "config": settings,
+    }
+
+
+def starts(train: Sequence[Episode]) -> dict[str, Any]:
+    """How training episodes begin, by which a robot's start is judged: states as the policy sees them, pictures.
+
+    Of many episodes MAX_STARTS, evenly chosen. `start_brightness` is the mean grey level, 0 to 255, of the darkest and
+    of the brightest first picture; `recorded_shapes` are the sizes that the cameras' pictures had, (H, W).
+    """
+    some = train[:: -(-len(train) // MAX_STARTS)]
+    levels = {c: [float(open_pixels(e, c)[e.image_index[c][0]].mean()) for e in some] for c in train[0].image_shape}
+    return {
+        "start_states": [[round(float(value), 4) for value in e.state[0]] for e in some],
+        "start_brightness": {camera: [round(min(of), 1), round(max(of), 1)] for camera, of in levels.items()},
+        "recorded_shapes": {c: sorted({tuple(e.source_shape[c]) for e in train}) for c in train[0].source_shape},
     }
 
 

@@ -59,6 +59,9 @@ class RobotContract:
         rest_at_start_s: how long the joints are still at the start of a training episode (median); None as above.
         image_age_s: camera -> {"median", "most"}: how much older than the state images were in training, by the clock
             of data.time_source; below 0 they were newer. {} when the checkpoint does not say.
+        start_states: (N, S) how training episodes began, as the policy sees states; () as above.
+        start_brightness: camera -> mean grey level of the darkest and of the brightest first picture; {} as above.
+        recorded_shapes: camera -> the sizes (H, W) that its pictures had before they were resized; {} as above.
         image_resize: (H, W) that camera images were resized to, None when they were used as they came.
         cameras: camera -> (H, W) of what the network sees, in its order.
         training_episodes, held_out_episodes: names of the bags it was trained on and of those it was not.
@@ -80,6 +83,9 @@ class RobotContract:
     fps: float | None
     rest_at_start_s: float | None
     image_age_s: dict[str, dict[str, float]]
+    start_states: tuple[tuple[float, ...], ...]
+    start_brightness: dict[str, tuple[float, float]]
+    recorded_shapes: dict[str, tuple[tuple[int, int], ...]]
     image_resize: tuple[int, int] | None
     cameras: dict[str, tuple[int, int]]
     training_episodes: tuple[str, ...]
@@ -167,7 +173,10 @@ class RobotContract:
         return np.where(turns == 0, action, action + 2 * np.pi * turns)
 
     def state_from_robot(
-        self, names: Sequence[str], position_rad: Sequence[float], others: Mapping[str, float] | None = None
+        self,
+        names: Sequence[str],
+        position_rad: Sequence[float] | np.ndarray,
+        others: Mapping[str, float] | None = None,
     ) -> np.ndarray:
         """A JointState's names and positions, in any order, and other states -> (S,) float64 for PolicyRunner.
 
@@ -325,6 +334,9 @@ def read_contract(policy: LoadedPolicy, said: Mapping[str, Any]) -> RobotContrac
         fps=None,
         rest_at_start_s=None,
         image_age_s={},
+        start_states=(),
+        start_brightness={},
+        recorded_shapes={},
         image_resize=tuple(resize) if resize else None,
         cameras=shapes,
         training_episodes=(),
@@ -355,6 +367,12 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
             fps=float(content["fps"]),
             rest_at_start_s=content.get("rest_at_start_s"),
             image_age_s=content.get("image_age_s", {}),
+            start_states=tuple(tuple(map(float, state)) for state in content.get("start_states", ())),
+            start_brightness={c: (float(a), float(b)) for c, (a, b) in content.get("start_brightness", {}).items()},
+            recorded_shapes={
+                c: tuple((int(h), int(w)) for h, w in shapes)
+                for c, shapes in content.get("recorded_shapes", {}).items()
+            },
             image_resize=tuple(content["image_resize"]) if content["image_resize"] else None,
             cameras=policy.image_shapes,
             training_episodes=tuple(content["training_episodes"]),
@@ -371,6 +389,8 @@ def _from_trainer(policy: LoadedPolicy, content: Mapping[str, Any], said: Mappin
     expected = dict.fromkeys(("state_names", "units", "joint_sign", "revolute", "angle_reference_rad"), shape.state_dim)
     found = {name: len(getattr(contract, name)) for name in expected}
     found |= {"joint_names": len(joints), "action_names": len(contract.acted)}
+    if wrong := [state for state in contract.start_states if len(state) != len(names)]:
+        raise PolicyError(f"{where}: a start state of {len(wrong[0])} values; expected one for each of {len(names)}")
     expected |= {"joint_names": shape.state_dim - len(contract.state_topics), "action_names": shape.action_dim}
     for name, count in expected.items():
         if found[name] != count:
