@@ -56,6 +56,9 @@ SHORT = "test_samples.py::test_episode_shorter_than_a_chunk"
 SEAM = "test_synchronisation.py::test_wrapped_states_and_small_deltas"
 SUMMARY = "test_train.py::test_the_summary_errors_are_those_of_the_saved_checkpoint"
 MODES = "test_deploy_policy.py::test_modes_are_lerobots_select_action"
+STREAM = "test_limiter.py::test_a_stream_within_the_limits_is_passed_on_bit_by_bit"
+SILENT = "test_control.py::test_what_falls_silent_stops_the_arm_within_its_limits[camera dies]"
+STOPPED = "test_control.py::test_a_robot_that_stops_by_itself_is_never_moved_again[protective stop]"
 PERCENTILES = "test_deploy_policy.py::test_percentiles_are_observed_values"
 SCORES = "test_run_dir.py::test_a_checkpoint_that_was_never_written_is_not_the_best"
 TURNS = "test_statistics.py::test_a_pose_near_pi_has_one_target_and_its_motion_is_visible"
@@ -670,6 +673,58 @@ MUTANTS = [
            'method="higher"', 'method="lower"', PERCENTILES),
     Mutant("runner: real-time on average is real-time", "deploy/ur10e_deploy/policy_runner.py",
            'p99 = inference["p99_ms"]', 'p99 = inference["p50_ms"]', PERCENTILES),
+    # On the robot.
+    Mutant("robot: commands are sent that cannot be stopped from", "deploy/ur10e_deploy/limiter.py",
+           "        if path is None:\n            return False", "        if path is None:\n            path = wanted[None]",
+           "test_limiter.py::test_no_command_breaks_a_limit_whatever_is_asked"),
+    Mutant("robot: a way to rest through the table will do", "deploy/ur10e_deploy/limiter.py",
+           "if not kept or self.limits", "if not kept or False and self.limits",
+           "test_limiter.py::test_the_end_of_a_joint_and_of_the_box_are_reached_and_kept"),
+    Mutant("robot: what keeps the limits is filtered all the same", "deploy/ur10e_deploy/limiter.py",
+           "wanted = target if fits.all() else", "wanted = target if False else", STREAM),
+    Mutant("robot: a target that jumped is never caught", "deploy/ur10e_deploy/limiter.py",
+           "np.where(self._lost, CAUGHT_JERK, 1.0)", "1.0",
+           "test_limiter.py::test_a_stream_that_jumped_is_caught_again"),
+    Mutant("robot: late actions are played late", "deploy/ur10e_deploy/playback.py",
+           "start, positions = observed_frame + 1,", "start, positions = math.floor(now_frame) + 1,",
+           "test_playback.py::test_late_actions_are_dropped_and_counted"),
+    Mutant("robot: a chunk changes what is being played", "deploy/ur10e_deploy/playback.py",
+           "free = whole + 2 if now_frame == whole else whole + 3", "free = whole + 1",
+           "test_playback.py::test_a_seam_has_no_step_in_speed_or_acceleration"),
+    Mutant("robot: seams are not blended", "deploy/ur10e_deploy/playback.py",
+           "new = old + share**2 * (3 - 2 * share) * (new - old)", "new = new + 0 * share",
+           "test_playback.py::test_blending_makes_a_seam_softer"),
+    Mutant("robot: it goes on when a protective stop is released", "deploy/ur10e_deploy/control.py",
+           "self._phase, self._why = HALTED, why", "self._phase, self._why = HOLDING, why", STOPPED),
+    Mutant("robot: a camera may fall silent", "deploy/ur10e_deploy/control.py",
+           "if silent and self._phase in (WAITING, RUNNING):", "if False:", SILENT),
+    Mutant("robot: it waits for ever", "deploy/ur10e_deploy/control.py",
+           "now_s - self._troubled_s > settings.recover_s", "False", SILENT),
+    Mutant("robot: a dry run commands", "deploy/ur10e_deploy/control.py",
+           "            if self._settings.commanding:\n                self._robot.command(",
+           "            if True:\n                self._robot.command(",
+           "test_control.py::test_dry_run_commands_nothing_and_shadow_compares"),
+    Mutant("robot: an arm that is held is pushed on", "deploy/ur10e_deploy/control.py",
+           "if settings.commanding and away_rad.max() > self._limits.tracking_rad:", "if False:",
+           "test_control.py::test_an_arm_that_does_not_follow_is_halted"),
+    Mutant("robot: the policy's signs reach the arm", "deploy/ur10e_deploy/thinking.py",
+           "return np.array(rows)[:, self._order] * self._sign", "return np.array(rows)[:, self._order]",
+           "test_control.py::test_all_action_modes_lead_to_the_same_place_with_a_gripper[absolute]"),
+    Mutant("robot: a wild policy may go on", "deploy/ur10e_deploy/control.py",
+           "if beyond_rad > settings.max_beyond_rad:", "if False:",
+           "test_control.py::test_jumps_are_limited_counted_and_end_the_run"),
+    Mutant("robot: a fault of ours leaves a command standing", "deploy/ur10e_deploy/control.py",
+           "            if self._settings.commanding:\n                self._robot.halt()\n            raise",
+           "            raise", "test_control.py::test_a_fault_of_the_loop_halts_the_robot"),
+    Mutant("robot: any start will do", "deploy/ur10e_deploy/start_checks.py",
+           "if found > allowed:", "if False:",
+           "test_start_checks.py::test_a_start_like_training_is_taken_and_one_far_away_refused"),
+    Mutant("robot: the light may be off", "deploy/ur10e_deploy/start_checks.py",
+           "if not DARKER * darkest <= level <= BRIGHTER * brightest:", "if False:",
+           "test_start_checks.py::test_a_picture_unlike_training_is_refused"),
+    Mutant("robot: a frozen camera will do", "deploy/ur10e_deploy/start_checks.py",
+           "(noisy and np.array_equal(rgb, first[camera].rgb))", "False",
+           "test_start_checks.py::test_a_frozen_camera_is_refused"),
     # On OSMO.
     Mutant("osmo: file cache counts as memory in use", "osmo/heartbeat.py", "0) - cache", "0)",
            f"{ATTEMPTS}[full of file cache]"),
