@@ -675,7 +675,8 @@ MUTANTS = [
            'p99 = inference["p99_ms"]', 'p99 = inference["p50_ms"]', PERCENTILES),
     # On the robot.
     Mutant("robot: commands are sent that cannot be stopped from", "deploy/ur10e_deploy/limiter.py",
-           "        if path is None:\n            return False", "        if path is None:\n            path = wanted[None]",
+           "        if path is None:\n            return False",
+           "        if path is None:\n            path = wanted[None]",
            "test_limiter.py::test_no_command_breaks_a_limit_whatever_is_asked"),
     Mutant("robot: a way to rest through the table will do", "deploy/ur10e_deploy/limiter.py",
            "if not kept or self.limits", "if not kept or False and self.limits",

@@ -146,8 +146,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str | None, bool]] = {
 def faults(args: argparse.Namespace) -> bool:
     """Each fault in the middle of the expert's first stroke: how long the arm takes to stop, and how hard it brakes."""
     fine = True
-    head("Fault, at full speed", "Speed then, rad/s", "Stops within, s", "Peak deceleration, rad/s²", "On again after, s",
-         "Ends", "Touches the block")  # fmt: skip
+    head("Fault, at full speed", "Speed then, rad/s", "Stops within, s", "Peak deceleration, rad/s²",
+         "On again after, s", "Ends", "Touches the block")  # fmt: skip
     for what, (arguments, kind, goes_on) in FAULTS.items():
         loop, robot = make_loop(contract(), seconds=9.0, command_hz=HZ, recover_s=2.5, **arguments)
         loop.run()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rosbags.highlevel import AnyReader
-from ur10e_deploy import run
+from ur10e_deploy import recording, run
 from ur10e_deploy.policy_runner import PolicyRunner
 from ur10e_deploy.sources import BagSource
 from ur10e_deploy.ur10e import JOINT_NAMES
@@ -85,10 +85,13 @@ def test_a_run_leaves_a_report_and_a_bag_that_training_reads(policy: str, reques
 
 def test_dry_run_and_shadow_move_nothing(trained_absolute: Path, tmp_path: Path, capsys):
     """Exit code 0, a report that says so; the shadow compares with the person's way."""
-    assert start(trained_absolute, tmp_path / "dry", "--dry-run", "--duration-s", "0.6", "--no-bag") == 0
+    assert start(trained_absolute, tmp_path / "dry", "--dry-run", "--duration-s", "0.6") == 0
     assert start(trained_absolute, tmp_path / "shadow", "--shadow", "--duration-s", "1.2", "--no-bag") == 0
     assert "nothing was commanded" in (tmp_path / "dry/report.html").read_text()
-    assert not (tmp_path / "dry/bag").exists()
+    with AnyReader([tmp_path / "dry/bag"]) as reader:  # what was not sent is no action to learn from
+        assert {"/runner/not_sent/commands", "/joint_states"} <= set(reader.topics)
+        assert "/forward_position_controller/commands" not in reader.topics
+    assert not (tmp_path / "shadow/bag").exists()
     numbers = json.loads((tmp_path / "shadow/run.json").read_text())
     assert not numbers["commanding"] and [row["ahead_s"] for row in numbers["shadow"]] == [0.033]  # a chunk of 8
     assert "rad from what the arm did" in capsys.readouterr().out
@@ -146,3 +149,15 @@ def test_no_contract_no_start_and_no_second_run(trained: Path, tmp_path: Path, c
     (checkpoint / "train_config.json").unlink()
     assert start(checkpoint, tmp_path / "other") == 1
     assert "no contract of train.py in it" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_stops_no_arm(trained: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """The run goes on to its end, and says that the bag is not complete."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recording.Writer, "write", full)
+    assert start(trained, tmp_path / "out", "--duration-s", "0.4") == 0
+    assert "note: the bag is not complete: OSError: [Errno 28] No space left" in capsys.readouterr().out
+    assert "the bag is not complete" in (tmp_path / "out/report.html").read_text()

@@ -3,6 +3,7 @@
     /joint_states                              sensor_msgs/JointState        what came, in the robot's order
     the contract's camera topics               sensor_msgs/Image             what came
     /forward_position_controller/commands      std_msgs/Float64MultiArray    every command, joints in the policy's order
+    /runner/not_sent/commands                  the same                      of a dry run: nobody was commanded
     /runner/state/NAME, /runner/command/NAME   std_msgs/Float64              the same of states that are no joints
     /runner/chunk                              std_msgs/Float64MultiArray    number, frame, seconds, late actions
     /runner/event                              std_msgs/String               phases, stops and why
@@ -29,7 +30,7 @@ from .robot import JointReading, Robot
 from .thinking import Answer
 from .ur10e import JOINT_NAMES
 
-COMMAND_TOPIC = "/forward_position_controller/commands"
+COMMAND_TOPIC, NOT_SENT_TOPIC = "/forward_position_controller/commands", "/runner/not_sent/commands"
 CHUNK_TOPIC, EVENT_TOPIC = "/runner/chunk", "/runner/event"
 STATE_TOPIC, OTHER_COMMAND_TOPIC = "/runner/state/", "/runner/command/"  # and the state's name
 JOINT_TYPE, IMAGE_TYPE = "sensor_msgs/msg/JointState", "sensor_msgs/msg/Image"
@@ -55,18 +56,26 @@ class BagRecorder:
         others: names of the commanded states that are no joints.
         begin_ns: wall clock at the robot's second 0.
         threaded: write in a thread.
+        commanding: commands are sent; those of a dry run must not be trained on as if they had been.
 
     Raises:
         rosbags' WriterError: the folder is there.
     """
 
     def __init__(
-        self, folder: Path, contract: RobotContract, others: tuple[str, ...], begin_ns: int, threaded: bool
+        self,
+        folder: Path,
+        contract: RobotContract,
+        others: tuple[str, ...],
+        begin_ns: int,
+        threaded: bool,
+        commanding: bool,
     ) -> None:
         self._writer = Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
         self._store = get_typestore(Stores.ROS2_HUMBLE)
         self._begin_ns, self._others = begin_ns, others
+        self._command_topic = COMMAND_TOPIC if commanding else NOT_SENT_TOPIC
         # A forward controller's arrays name nothing: the order is the policy's, as training would read them.
         named = contract.state_names or JOINT_NAMES
         self._policy_order = [j for n in named for j, joint in enumerate(JOINT_NAMES) if n.endswith(joint)]
@@ -74,7 +83,7 @@ class BagRecorder:
         self._cameras = camera_topics(contract)
         self._connections: dict[str, object] = {}
         self._stamps: dict[str, float] = {}
-        self._problem: BaseException | None = None
+        self._problem: Exception | None = None
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True) if threaded else None
         if self._thread:
@@ -98,7 +107,7 @@ class BagRecorder:
     def command(self, now_s: float, command_rad: np.ndarray) -> None:
         """What was commanded, (J,)."""
         ordered = command_rad[self._policy_order]
-        self._do(lambda: self._write_array(COMMAND_TOPIC, now_s, ordered))
+        self._do(lambda: self._write_array(self._command_topic, now_s, ordered))
         for name, value in zip(self._others, command_rad[6:].tolist(), strict=True):
             self._do(lambda n=name, v=value: self._write(OTHER_COMMAND_TOPIC + n, NUMBER_TYPE, self._ns(now_s), data=v))
 
@@ -111,30 +120,32 @@ class BagRecorder:
         """Something a person would want to know."""
         self._do(lambda: self._write(EVENT_TOPIC, TEXT_TYPE, self._ns(now_s), data=text))
 
-    def close(self) -> None:
-        """Finish the bag. Raises OSError and others that writing it met."""
+    def close(self) -> str | None:
+        """Finish the bag; -> why it is not complete, None when it is. No problem of a disk is one of the arm's."""
         if self._thread:
             self._queue.put(None)
             self._thread.join()
-        self._writer.close()
-        if self._problem:
-            raise self._problem
+        self._do_now(self._writer.close)
+        return f"{type(self._problem).__name__}: {self._problem}" if self._problem else None
 
     # What it is made of.
 
     def _do(self, job: Callable[[], None]) -> None:
         if self._thread:
             self._queue.put(job)
-        else:
+        elif self._problem is None:
+            self._do_now(job)
+
+    def _do_now(self, job: Callable[[], None]) -> None:
+        try:
             job()
+        except Exception as problem:  # noqa: BLE001 - close() says it: the arm goes on meanwhile
+            self._problem = self._problem or problem
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             if self._problem is None:
-                try:
-                    job()
-                except BaseException as problem:  # noqa: BLE001 - it is raised by close(): the arm goes on meanwhile
-                    self._problem = problem
+                self._do_now(job)
 
     def _write_pictures(self, pictures: Mapping) -> None:
         for camera, picture in pictures.items():

@@ -121,7 +121,7 @@ class Robot(Protocol):
         ...
 
     def pictures(self) -> Mapping[str, Picture]:
-        """Camera -> its last picture."""
+        """Camera -> its last picture; called from the policy's and the recorder's threads, too."""
         ...
 
     def status(self) -> Status:

@@ -21,13 +21,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import run_report as report
 from .checks import EvalError
@@ -66,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.checkpoint}: no contract of train.py in it: what its actions mean is not known, and no arm is "
             "moved by guesses; use a checkpoint of train.py"
         )
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # a core for the control loop
     runner = PolicyRunner(args.checkpoint, backend=args.backend, device=args.device)
     contract = runner.contract
     fps = check_contract(contract, True)
@@ -94,17 +99,22 @@ def run(args: argparse.Namespace) -> int:
         recorder = None
         if args.bag:
             begin_ns = time.time_ns() - round(robot.clock.now_s() * 1e9)
-            recorder = BagRecorder(args.output / "bag", contract, ArmContract(contract).others, begin_ns, not lock_step)
+            others = ArmContract(contract).others
+            recorder = BagRecorder(args.output / "bag", contract, others, begin_ns, not lock_step, commanding)
             loop.record(recorder)
         before = signal.signal(signal.SIGINT, lambda *_: _interrupt(loop))
+        gc.collect()
+        gc.disable()  # a full collection takes longer than a period
         try:
             loop.run()
         except LimitError as error:
             raise PolicyError(f"the arm cannot be moved from here: {error}; move it by hand, or see --limits") from None
         finally:
+            gc.enable()
             signal.signal(signal.SIGINT, before)
-            if recorder:
-                recorder.close()
+            if recorder and (problem := recorder.close()):
+                notes.append(f"the bag is not complete: {problem}")
+                print(f"note: {notes[-1]}", flush=True)
     finally:
         robot.close()
     summary: dict[str, Any] = report.summarise(loop, limits, settings, watchdog.oldest_s, lock_step) | {
