@@ -81,6 +81,16 @@ def test_a_policy_that_is_too_late_holds_the_arm_and_goes_on():
     assert_kept(sent(robot), 1 / HZ)
 
 
+def test_a_policy_that_hangs_is_not_followed_to_the_end_of_its_chunk():
+    """Played slowly, a chunk lasts for seconds: what it saw is too old before, and the arm is held."""
+    loop, robot = make_loop(contract(), 20, latency_s=lambda n: 99.0 if n == 1 else 0.0, speed_fraction=0.25)
+    loop.run()
+    hold = loop.log.stops[0]
+    assert hold.why.startswith("policy: the last is 3.6") and "expected 3.67 s at most" in hold.why
+    assert hold.rest_s is not None and "not well again within 2 s: policy: the last is" in loop.ended
+    assert loop.playback.end_frame > loop._frame + 10  # there was more to play
+
+
 def nan_once(number: int, chunk: np.ndarray) -> np.ndarray:
     return np.full_like(chunk, np.nan) if number == 2 else chunk
 

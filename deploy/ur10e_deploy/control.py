@@ -36,7 +36,7 @@ from .limits import Limits
 from .playback import Playback
 from .robot import JointReading, Robot
 from .thinking import Answer, Thinker
-from .watchdog import Watchdog
+from .watchdog import JOINT_STATES, Watchdog
 
 WAITING, RUNNING, HOLDING, ENDING, HALTED = "waiting", "running", "holding", "ending", "halted"
 AFTER_HALT_S = 0.6  # for so long it is recorded what an arm does that was halted
@@ -165,6 +165,8 @@ class ControlLoop:
         self._watchdog, self.playback, self._say = watchdog, playback, say
         self._recorder: Recorder | None = None
         self._period_s = 1 / settings.command_hz
+        # How long the arm may go by what the policy saw once: twice as long as planned, and a second for inference.
+        self._policy_age_s = 1.0 + 2 * settings.replan_frames / (settings.fps * settings.speed_fraction)
         self.limiter = Limiter(limits, self._period_s, len(thinker.arm.others))
         self.log, self.ended, self.orderly = Log(), "", False
         self._why, self._limited_periods = "", 0
@@ -224,7 +226,7 @@ class ControlLoop:
         try:
             self._measured_rad = self._thinker.arm.here(self._thinker.arm.state(reading))[:6]
         except PolicyError as problem:
-            silent.append(f"joint states: {problem}")
+            silent.append(f"{JOINT_STATES}: {problem}")
         target = limited = None
         if self._phase != HALTED:
             self._check(now_s, reading, silent)
@@ -260,7 +262,8 @@ class ControlLoop:
         settings = self._settings
         troubles = self._robot.status().troubles()
         away_rad = np.abs(self._measured_rad - self.limiter.position_rad[:6])
-        if settings.commanding and away_rad.max() > self._limits.tracking_rad:
+        known = not any(text.startswith(JOINT_STATES) for text in silent)  # else it is held, in a moment
+        if settings.commanding and known and away_rad.max() > self._limits.tracking_rad:
             troubles.append(
                 f"a joint is {away_rad.max():.3f} rad from its command, expected {self._limits.tracking_rad:g} at most"
             )
@@ -281,6 +284,8 @@ class ControlLoop:
         answer = self._thinker.answer(now_s)
         if answer is not None:
             silent += self._take(now_s, answer, ready=not silent)
+        if self._phase == RUNNING:
+            silent += self._watchdog.aged("policy", now_s - self._seen_s, self._policy_age_s)
         if self._phase == RUNNING and self.playback.end_frame < self._frame + 2:
             silent.append("the policy: its last chunk is played and the next one is not there")
         if silent and self._phase in (WAITING, RUNNING):
@@ -310,6 +315,7 @@ class ControlLoop:
         late = 0
         if answer.positions is not None and self._phase in (WAITING, RUNNING) and ready:
             late = self.playback.accept(answer.frame, answer.positions, self._frame)
+            self._seen_s = answer.asked_s
             if self._phase == WAITING:
                 self._phase, self._troubled_s = RUNNING, None
                 if self.log.stops:
