@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.robot import JointReading, Picture, RobotOptions, Status
-from ur10e_deploy.ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 from sim.world import CONTROL_HZ, World
+from ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 JOINT_HZ, CAMERA_HZ = 125.0, CONTROL_HZ  # JOINT_HZ as in sim.record
 BRAKING_RAD_S2 = 10.0

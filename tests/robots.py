@@ -15,11 +15,11 @@ from ur10e_deploy.control import ControlLoop, ControlSettings
 from ur10e_deploy.limits import default_limits
 from ur10e_deploy.playback import Playback
 from ur10e_deploy.thinking import Thinker
-from ur10e_deploy.ur10e import JOINT_NAMES
 from ur10e_deploy.watchdog import AgeLimits, Watchdog
 
 from sim.robot import SimRobot
 from sim.world import World
+from ur10e import JOINT_NAMES
 
 FPS, CHUNK = 30.0, 40
 HZ = 125.0  # of commands: the slowest, and so the cheapest

@@ -10,9 +10,9 @@ import pytest
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.limiter import Limiter, LimitError
 from ur10e_deploy.limits import Limits, arm_points, default_limits, read_limits
-from ur10e_deploy.ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics, link_frames, tool_tip
 
 from sim.expert import random_episode
+from ur10e import SPEED_LIMIT_RAD_S, inverse_kinematics, link_frames, tool_tip
 
 LIMITS = default_limits()
 HOME = inverse_kinematics((-0.55, 0.0, 0.45))

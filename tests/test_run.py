@@ -12,10 +12,10 @@ from rosbags.highlevel import AnyReader
 from ur10e_deploy import recording, run
 from ur10e_deploy.policy_runner import PolicyRunner
 from ur10e_deploy.sources import BagSource
-from ur10e_deploy.ur10e import JOINT_NAMES
 
 from tests.checkpoints import edit_json
 from tests.policies import contract_of, trained, trained_absolute, trained_relative
+from ur10e import JOINT_NAMES
 
 __all__ = ["trained", "trained_absolute", "trained_relative"]  # fixtures
 # The scenes and starts of sample_bags; a policy that was trained for a moment jumps about, which is not the point here.

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ur10e import DH_A_M, DH_D_M, POSITION_LIMIT_RAD, SPEED_LIMIT_RAD_S, TOOL_LENGTH_M
+
 from .config import PolicyError
-from .ur10e import DH_A_M, DH_D_M, POSITION_LIMIT_RAD, SPEED_LIMIT_RAD_S, TOOL_LENGTH_M
 
 # Universal Robots publish positions and speeds (ur10e.py), but "the robot does not inherently have any limits on joint
 # accelerations (only on torques)": so says their driver's ur_moveit_config/config/joint_limits.yaml, which chose 5.0

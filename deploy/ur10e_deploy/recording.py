@@ -25,10 +25,11 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from ur10e import JOINT_NAMES
+
 from .config import RobotContract
 from .robot import JointReading, Robot
 from .thinking import Answer
-from .ur10e import JOINT_NAMES
 
 COMMAND_TOPIC, NOT_SENT_TOPIC = "/forward_position_controller/commands", "/runner/not_sent/commands"
 CHUNK_TOPIC, EVENT_TOPIC = "/runner/chunk", "/runner/event"

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ur10e import JOINT_NAMES
+
 from .control import ControlLoop, ControlSettings, Log
 from .limits import Limits
 from .report import ERROR, PREDICTED, STYLE, _facts, _new_figure, _picture, _save, _table, can_draw
 from .thinking import Answer
-from .ur10e import JOINT_NAMES
 
 NAMES = [name.removesuffix("_joint") for name in JOINT_NAMES]
 AHEAD_S = (0.0, 0.5, 1.0)  # beyond the next frame: where a shadow's predictions are compared

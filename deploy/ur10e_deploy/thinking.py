@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ur10e import JOINT_NAMES
+
 from .config import PolicyError, RobotContract
 from .policy_runner import PolicyRunner
 from .robot import JointReading
-from .ur10e import JOINT_NAMES
 
 
 class ArmContract:
