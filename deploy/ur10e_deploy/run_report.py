@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+import report_page
 from ur10e import JOINT_NAMES
 
 from .control import ControlLoop, ControlSettings, Log
 from .limits import Limits
-from .report import ERROR, PREDICTED, STYLE, _facts, _new_figure, _picture, _save, _table, can_draw
+from .report import ERROR, PREDICTED, _new_figure, _picture, _save, can_draw
 from .thinking import Answer
 
 NAMES = [name.removesuffix("_joint") for name in JOINT_NAMES]
@@ -192,27 +193,27 @@ def draw(path: Path, log: Log, limits: Limits, period_s: float) -> None:
 
 def html(summary: Mapping[str, Any], folder: Path) -> str:
     """The page, self-contained."""
-    orderly = summary["orderly"]
     parts = [
         f"<h1>{escape(summary['policy']['name'])} on {escape(summary['robot'])}</h1>",
         f'<p class="sub">{escape(summary["created"])}, {summary["duration_s"]:g} s, {escape(summary["clock"])}, '
         f"{'commanding' if summary['commanding'] else 'nothing was commanded'}</p>",
-        f'<div class="verdicts"><div class="verdict {"yes" if orderly else "no"}">{"✓" if orderly else "✗"} '
-        f"{escape(summary['ended'])}</div></div>",
+        report_page.verdicts([(summary["orderly"], summary["ended"])]),
+        report_page.notes(summary["notes"]),
     ]
-    if summary["notes"]:
-        parts.append('<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in summary["notes"]) + "</ul>")
     parts += [_picture(folder, PICTURE), "<h2>Stops</h2>"]
     rows = [
         [f"{s['at_s']:.3f}", s["kind"], s["why"], "" if s["rest_s"] is None else f"{s['rest_s']:.3f}",
          "" if s["resumed_s"] is None else f"{s['resumed_s']:.3f}"]
         for s in summary["stops"]
     ]  # fmt: skip
-    parts += [_table(["at, s", "kind", "why", "at rest after, s", "went on at, s"], rows), "<h2>Peaks and limits</h2>"]
+    parts += [
+        report_page.table(["at, s", "kind", "why", "at rest after, s", "went on at, s"], rows),
+        "<h2>Peaks and limits</h2>",
+    ]
     peaks = summary["peaks"]
     rows = [[name, *(f"{peaks[what][name][i]:.3f}" for what in peaks for i in (0, 1))] for name in NAMES]
     units = ("speed, rad/s", "acceleration, rad/s²", "jerk, rad/s³")
-    parts.append(_table(["joint", *(cell for unit in units for cell in (unit, "limit"))], rows))
+    parts.append(report_page.table(["joint", *(cell for unit in units for cell in (unit, "limit"))], rows))
     parts.append("<h2>Time</h2>")
     kinds = ("period_ms", "late_ms", "inference_ms", "asked_to_playing_ms")
     rows = [
@@ -220,17 +221,14 @@ def html(summary: Mapping[str, Any], folder: Path) -> str:
         for name in kinds
         if summary[name]
     ]
-    parts.append(_table(["ms", "p50", "p99", "p99.9", "largest"], rows))
+    parts.append(report_page.table(["ms", "p50", "p99", "p99.9", "largest"], rows))
     plain = ("command_hz", "speed_fraction", "periods", "missed_periods", "chunks", "failed_chunks", "late_actions",
              "seam_jump_rad", "limited_periods", "limited_by_rad", "tracking_rad", "oldest_s", "shadow")  # fmt: skip
-    parts += ["<h2>Everything else</h2>", _facts("figures", {name: summary[name] for name in plain})]
-    parts += [_facts(name, summary[name]) for name in ("policy", "options", "versions")]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(summary['policy']['name'])}: on the robot</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
-    )
+    parts += ["<h2>Everything else</h2>", report_page.facts("figures", {name: summary[name] for name in plain})]
+    parts += [
+        report_page.facts(name, summary[name], opened=name == "policy") for name in ("policy", "options", "versions")
+    ]
+    return report_page.page(f"{summary['policy']['name']}: on the robot", parts)
 
 
 def write(folder: Path, summary: Mapping[str, Any], log: Log, limits: Limits) -> None:
