@@ -1,6 +1,6 @@
 """Bags as a dataset that others train on: LeRobot's format v3.0.
 
-    python -m rosbag_dataset export --format lerobot-v3 BAGS OUT                       # videos in AV1
+    python -m rosbag_dataset export --format lerobot-v3 BAGS OUT                       # videos in H.264
     python -m rosbag_dataset export --format lerobot-v3 BAGS OUT --images              # pictures as they are, larger
     python -m rosbag_dataset export --format lerobot-v3 BAGS OUT --config my.yaml --task "pick the block"
 
@@ -401,7 +401,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--task", default="", help="what the robot does, of episodes whose sidecar does not say it")
     pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--codec", choices=["av1", "h264"], default="av1", help="of the videos (default: av1)")
+    pictures.add_argument("--codec", choices=["h264", "av1"], default="h264", help="of the videos (default: h264)")
     pictures.add_argument("--images", action="store_true", help="keep pictures exactly (PNG), without videos")
     args = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, and run it again
