@@ -21,7 +21,10 @@ from tests.osmo_spec import GUIDE
 from tests.osmo_task import require
 from tests.tiny import ROOT, TINY
 
-EDITS = {**TINY, "training.steps": 4, "training.save_freq": 2, "eval_device": "cpu", "sweep": "training.kl_weight=10,1"}
+EDITS = {
+    **TINY, "training.steps": 4, "training.save_freq": 2, "eval_device": "cpu", "eval_args": "--backend native",
+    "sweep": "training.kl_weight=10,1",
+}  # fmt: skip
 
 
 def commands_of(section: str) -> list[str]:

@@ -232,7 +232,7 @@ def test_refused_in_one_line(changes: dict[str, object], message: str, sample_ba
 
 
 SWEEP, EVAL, DDP = "osmo-workflow-sweep.yaml", "osmo-workflow-train-eval.yaml", "osmo-workflow-ddp.yaml"
-LEROBOT = "eval_dataset=ur10e-eval-dataset"
+LEROBOT, NATIVE = "eval_dataset=ur10e-eval-dataset", "eval_args=--backend native"
 WRONG = {  # the workflow, its task, what --set says, the message
     "run, which --set makes a number": ("", "", [STORAGE, "run=1e5"], "run: found '100000.0', expected a letter, then"),
     "run, empty": ("", "", [STORAGE, "run="], "run: found '', expected a letter"),
@@ -513,8 +513,8 @@ def evaluation_dataset(sample_bags: Path, tmp_path_factory: pytest.TempPathFacto
 
 def evaluation_box(folder: Path, checkpoint: Path, data: Path, *assignments: str) -> TaskBox:
     """The task eval-act, on what Dockerfile.eval copies into its image; `data` is a dataset, or, with LEROBOT taken
-    back by another eval_dataset=, the recordings."""
-    values = task(EVAL, "eval_device=cpu", LEROBOT, *assignments, name="eval-act")
+    back by another eval_dataset=, the recordings. NATIVE spares it the import of LeRobot."""
+    values = task(EVAL, "eval_device=cpu", LEROBOT, NATIVE, *assignments, name="eval-act")
     box = TaskBox(folder, {**values, "files": []}, {0: checkpoint, 1: data})
     add_image(box)
     return box
@@ -527,8 +527,9 @@ def test_the_chain_ends_in_parquet_files(sample_bags: Path, nothing: Path, evalu
     training = task(EVAL, STORAGE, LEROBOT, training__steps=4)
     trained = TaskBox(tmp_path / "train", training, {0: sample_bags, 1: nothing, 2: evaluation_dataset})
     assert trained.run() == 0, trained.log()
-    box = evaluation_box(tmp_path / "eval", trained.delivered, evaluation_dataset)
+    box = evaluation_box(tmp_path / "eval", trained.delivered, evaluation_dataset, "eval_args=")
     assert box.run() == 0, box.log()
+    assert json.loads((box.delivered / "summary.json").read_text())["policy"]["backend"] == "lerobot"
     assert "evaluating /osmo/data/input/0/train-rosbag-act/checkpoint_000004" in box.log()
     names = {path.name for path in box.delivered.iterdir()}
     assert {*(f"episode_{i:03d}.parquet" for i in range(3)), "all_episodes.parquet", "summary.json"} <= names
@@ -560,7 +561,8 @@ def test_other_recordings_than_the_trainings_are_not_evaluated(finished: Path, s
 
 
 def test_a_gate_fails_the_chain_with_its_results(finished: Path, evaluation_dataset: Path, tmp_path: Path):
-    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, "eval_args=--max-mae=1e-9", "eval_episodes=1")
+    gate = f"{NATIVE} --max-mae=1e-9"
+    box = evaluation_box(tmp_path, finished / OUTPUT, evaluation_dataset, gate, "eval_episodes=1")
     assert box.run() == 3, box.log()
     assert "a gate was exceeded" in box.log()
     assert {"episode_001.parquet", "summary.json"} <= {path.name for path in box.delivered.iterdir()}
