@@ -93,7 +93,7 @@ class Cluster:
             (self.folder / "workflows" / workflow_id).mkdir(parents=True)
             return workflow_id
         from tests.osmo_spec import place, tasks
-        from tests.osmo_task import TaskBox, add_image  # with torch
+        from tests.osmo_task import TaskBox, add_image
 
         outputs: dict[str, Path] = {}
         placed = place(spec, workflow_id)

@@ -29,8 +29,7 @@ from rosbag_dataset import load_episodes, open_pixels
 from tests import osmo_data
 from tests.azurite import NODE_BIN
 from tests.bags import settings
-from tests.lerobot_044.launch import PYTHON as LEROBOT_PYTHON
-from tests.tiny import ROOT, TINY
+from tests.lerobot_044.launch import ROOT, run_script
 
 WORKFLOWS = ROOT / "osmo"
 RUN_DIR, OUTPUT = "output/train-rosbag-act", "osmo/data/output"  # below a box's folder
@@ -79,6 +78,8 @@ def require(*programs: str) -> None:
 
 def tiny(**changes: object) -> str:
     """What --set takes to make a run small: overrides=..., with changes given as training__steps=4."""
+    from tests.tiny import TINY  # with torch, without which tests/osmo_cluster.py does
+
     settings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
     return "overrides=" + " ".join(f"{name}={value}".replace(" ", "") for name, value in settings.items())
 
@@ -279,13 +280,7 @@ def write_evaluation_dataset(bags: Path, folder: Path, episodes: int, frames: in
         arrays[f"color_{number}"] = open_pixels(episode, "color")[episode.image_index["color"][kept]]
     np.savez(folder / "episodes.npz", **arrays)
     target = folder / "my-lerobot-dataset"
-    script = ROOT / "tests/lerobot_044/osmo_dataset.py"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(
-        [LEROBOT_PYTHON, script, folder / "episodes.npz", target], env=environment, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_script("osmo_dataset.py", folder / "episodes.npz", target)
     for path in target.rglob("*"):  # OSMO downloads files that every user may read; LeRobot's videos are not such
         path.chmod(path.stat().st_mode | 0o444)
     return target

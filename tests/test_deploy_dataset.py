@@ -6,7 +6,6 @@ with what its own LeRobotDataset returns, bit for bit. The damaged ones are copi
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import io
 import itertools
@@ -36,6 +35,7 @@ from lerobot_dataset import reading as lerobot_dataset
 from rosbag_dataset import ChunkDataset, load_episodes, settings_from
 from tests import bags
 from tests.lerobot_044 import launch
+from tests.once import once
 
 ROOT = launch.ROOT
 COLOR = "observation.images.color"
@@ -47,22 +47,7 @@ VIDEO = f"videos/{COLOR}/chunk-000/file-000.mp4"
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NAME/ (a dataset) and NAME.npz (what LeRobot 0.4.4 reads in it) for each of its datasets."""
-    if not launch.PYTHON.exists():
-        pytest.fail(f"no LeRobot 0.4.4 at {launch.PYTHON}: `make test` creates it", pytrace=False)
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # both workers use what one of them wrote
-    folder = shared / "lerobot-datasets"
-    with open(shared / "lerobot-datasets.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            folder.mkdir()
-            result = subprocess.run(
-                [str(launch.PYTHON), str(ROOT / "tests" / "lerobot_044" / "dataset_write.py"), str(folder)],
-                env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=900,
-            )  # fmt: skip
-            assert result.returncode == 0, result.stderr[-3000:]
-            (folder / "done").touch()
-    return folder
+    return once(tmp_path_factory, "lerobot-datasets", lambda folder: launch.run_script("dataset_write.py", folder))
 
 
 @pytest.fixture
