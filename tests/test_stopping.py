@@ -15,8 +15,17 @@ import pytest
 import lerobot_checkpoint
 import train
 from lerobot_checkpoint import load_training_state
+from tests.once import once
 from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, run_process, start, wait_for_step
 from training.run_dir import STOP_MARKER
+
+LONG = {"training__steps": 40, "training__log_freq": 1, "training__save_freq": 1000}
+
+
+@pytest.fixture(scope="session")
+def unbroken(sample_bags: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What LONG leaves, never stopped; read-only for the tests."""
+    return once(tmp_path_factory, "stopping-unbroken", lambda folder: run(sample_bags, folder, **LONG)) / "run"
 
 
 def test_a_stop_that_comes_out_of_c_code_as_another_error_is_still_a_stop(tmp_path: Path, monkeypatch, capsys):
@@ -37,11 +46,10 @@ def test_a_stop_that_comes_out_of_c_code_as_another_error_is_still_a_stop(tmp_pa
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
 def test_a_signal_saves_and_exits_75_and_the_run_continues_exactly(
-    sample_bags: Path, tmp_path: Path, number: signal.Signals, workers: int
+    unbroken: Path, sample_bags: Path, tmp_path: Path, number: signal.Signals, workers: int
 ):
     """SIGTERM and Ctrl-C: finish the step, save, exit 75, leave a marker; resumed, it is the unbroken run."""
-    long = {"training__steps": 40, "training__log_freq": 1, "training__save_freq": 1000}
-    process = start(sample_bags, tmp_path, **long, training__num_workers=workers)
+    process = start(sample_bags, tmp_path, **LONG, training__num_workers=workers)
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -52,9 +60,9 @@ def test_a_signal_saves_and_exits_75_and_the_run_continues_exactly(
     assert saved == logged < 40
     marker = json.loads((output / "stopped.json").read_text())
     assert marker["exit_code"] == 75 and f"{number.name} at step {saved};" in marker["stopped by"]
-    run(sample_bags, tmp_path, "--resume", **long)
+    run(sample_bags, tmp_path, "--resume", **LONG)
     assert not (output / "stopped.json").exists()
-    assert_same_run(output, run(sample_bags, tmp_path / "unbroken", **long))
+    assert_same_run(output, unbroken)
 
 
 def test_a_second_signal_ends_at_once(sample_bags: Path, tmp_path: Path):
