@@ -21,10 +21,13 @@ import pyarrow.parquet
 import pytest
 
 import train
-from benchmarks import common, decode_once, run, versus_lerobot
+from benchmarks import common, decode_once, int8, run, versus_lerobot
 from rosbag_dataset import load_episodes
 from tests import tiny
 from tests.lerobot_044 import launch
+from tests.policies import trained
+
+__all__ = ["trained"]  # a fixture
 
 MODEL = [f"--override={key}={value}" for key, value in tiny.TINY.items() if key.startswith("model.")]
 
@@ -136,6 +139,17 @@ def test_versus_lerobot(tmp_path: Path, sample_bags: Path, monkeypatch: pytest.M
     for column, name in (("observation.state", "state"), ("action", "action")):
         ours = np.concatenate([getattr(e, name)[versus_lerobot.frames_with_action(e)] for e in episodes])
         assert np.array_equal(np.array(written[column].to_pylist(), np.float32), ours)
+
+
+def test_int8(tmp_path: Path, trained: Path) -> None:
+    """What is quantised is smaller, gives other actions, and drives the simulated arm all the same."""
+    assert int8.main([*arguments(tmp_path), f"--checkpoint={trained}", "--episodes=1"]) == 0
+    content = results(tmp_path, "int8")
+    for kind in int8.KINDS:
+        assert value(content, f"{kind}: processor time") > 0 and value(content, f"{kind}: success") in (0, 100)
+        if kind != "float32":
+            assert value(content, f"{kind}: largest error") > 1e-4 > value(content, "float32: largest error")
+            assert value(content, f"{kind}: file") < value(content, "float32: file")
 
 
 def run_options(out: Path, bags: Path):  # noqa: ANN201 - argparse's own type
