@@ -38,7 +38,7 @@ from .synchronisation import Episode
 ROBOT_TYPE = "ur10e"
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-DATA_PATH, VIDEO_PATH = f"data/{FILE}.parquet", f"videos/{{video_key}}/{FILE}.mp4"
+DATA_PATH, VIDEO_PATH = f"data/{FILE}.parquet", "videos/{video_key}/" + FILE + ".mp4"
 FILES_PER_CHUNK = 1000  # this and the two sizes are LeRobot's own, for those who append to the dataset
 DATA_MB, VIDEO_MB = 100, 200
 # name -> (ffmpeg's encoder, its options). A key frame every other frame, as LeRobot has it: training seeks to frames at
