@@ -47,6 +47,7 @@ ENCODERS = {
     "av1": ("libsvtav1", {"g": "2", "crf": "30", "preset": "12", "svtav1-params": "lp=1"}),
     "h264": ("libx264", {"g": "2", "crf": "23", "preset": "veryfast", "bf": "0", "threads": "1"}),
 }
+pa.array(np.zeros(0))  # the first one loads pandas, where that is installed: once, and not in each process that writes
 MAX_ROW_GROUP_BYTES = 256 << 20  # of pictures in a table: what is kept in memory until it is written
 # LeRobot's RunningQuantileStats and sampling of pictures.
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
