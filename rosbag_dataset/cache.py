@@ -359,11 +359,14 @@ def save(path: Path, content: np.ndarray | bytes) -> None:
 
     np.save to a file says neither why nor errno when the disk is full.
     """
-    if isinstance(content, np.ndarray):
-        buffer = io.BytesIO()
-        np.save(buffer, content)
-        content = buffer.getvalue()
-    path.write_bytes(content)
+    with path.open("wb") as file:
+        if not isinstance(content, np.ndarray):
+            file.write(content)
+            return
+        array, header = np.ascontiguousarray(content), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        file.write(header.getvalue())
+        file.write(array.reshape(-1).view(np.uint8))
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,7 @@ Must not know: bags, messages, the cache, pixels (a frame names its image by num
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -639,7 +640,8 @@ def _still_share(joint_streams: Sequence[_Stream]) -> float:
         return 1.0
     still = np.ones(len(times) - 1, bool)
     for s in joint_streams:
-        speed = np.max([np.abs(np.diff(column)) for column in s.value.T], axis=0) / (np.diff(s.time_ns) / 1e9)
+        fastest = functools.reduce(np.maximum, (np.abs(np.diff(column)) for column in s.value.T))
+        speed = fastest / (np.diff(s.time_ns) / 1e9)
         still &= (speed < STILL_RAD_PER_S)[np.searchsorted(s.time_ns, times[:-1], side="right") - 1]
     return round(float(np.average(still, weights=np.diff(times) / 1e9)), 3)
 
