@@ -708,6 +708,8 @@ MUTANTS = [
     Mutant("robot: an arm that is held is pushed on", "deploy/ur10e_deploy/control.py",
            "known and away_rad.max() > self._limits.tracking_rad:", "False:",
            "test_control.py::test_an_arm_that_does_not_follow_is_halted"),
+    Mutant("robot: a starved stream is taken up again", "deploy/ur10e_deploy/control.py",
+           "gap_s > settings.max_gap_s", "False", "test_control.py::test_a_stream_that_starved_is_not_taken_up_again"),
     Mutant("robot: the policy's signs reach the arm", "deploy/ur10e_deploy/thinking.py",
            "return np.array(rows)[:, self._order] * self._sign", "return np.array(rows)[:, self._order]",
            "test_control.py::test_all_action_modes_lead_to_the_same_place_with_a_gripper[absolute]"),

@@ -255,7 +255,13 @@ def jitter(args: argparse.Namespace) -> bool:
     """The loop by the wall clock, the policy in its thread: how even its periods are on this machine."""
     runner = PolicyRunner(args.checkpoint, backend="native")
     loop, _ = policy_loop(
-        runner, 0, real_time=True, duration_s=args.seconds, replan_frames=runner.n_action_steps, speed_fraction=0.25
+        runner,
+        0,
+        real_time=True,
+        max_gap_s=1e9,
+        duration_s=args.seconds,
+        replan_frames=runner.n_action_steps,
+        speed_fraction=0.25,
     )
     loop.run()
     head("ms", "p50", "p99", "p99.9", "largest")

@@ -155,6 +155,16 @@ def test_an_arm_that_does_not_follow_is_halted():
     assert "rad from its command, expected 0.2 at most" in loop.ended and loop.log.stops[-1].kind == HALTED
 
 
+def test_a_stream_that_starved_is_not_taken_up_again():
+    """A moving arm that got no command for longer than its driver waits was stopped by it: halt."""
+    loop, robot = make_loop(contract(), seconds=4)
+    wait_until = robot.clock.wait_until
+    robot.clock.wait_until = lambda time_s: wait_until(time_s + (0.06 if 1.3 < time_s < 1.306 else 0.0))
+    loop.run()
+    assert loop.ended.startswith("no command for 0.0") and loop.log.stops[-1].kind == HALTED
+    assert loop.log.missed_periods >= 6 and max(t for t, _ in robot.sent) < 1.31
+
+
 def test_jumps_are_limited_counted_and_end_the_run():
     """By much: at once. A little, for long: when the time for that is over."""
     rng = np.random.default_rng(0)

@@ -99,7 +99,7 @@ def test_dry_run_and_shadow_move_nothing(trained_absolute: Path, tmp_path: Path,
 
 def test_real_time_keeps_its_rate(trained: Path, tmp_path: Path):
     """The same command by the wall clock: as many periods as it says, however busy the machine, and none broken."""
-    slow = ("--max-joint-age-s", "5", "--max-camera-age-s", "5", "--recover-s", "20")
+    slow = ("--max-joint-age-s", "5", "--max-camera-age-s", "5", "--recover-s", "20", "--max-gap-ms", "9999")
     assert start(trained, tmp_path / "out", "--real-time", "--duration-s", "1.5", *slow) == 0
     numbers = json.loads((tmp_path / "out/run.json").read_text())
     assert numbers["clock"] == "real time"

@@ -40,6 +40,7 @@ from .watchdog import JOINT_STATES, Watchdog
 
 WAITING, RUNNING, HOLDING, ENDING, HALTED = "waiting", "running", "holding", "ending", "halted"
 AFTER_HALT_S = 0.6  # for so long it is recorded what an arm does that was halted
+MAX_GAP_S = 0.04  # robot_receive_timeout of UR's ROS 2 driver: then the robot's program stops the arm by itself
 RETRY_S = 0.2  # a policy that failed is asked again no sooner
 
 
@@ -56,6 +57,7 @@ class ControlSettings:
         recover_s: within it, a silent source must speak again, and the first chunk must be there.
         max_limited_s: the run ends when so much of it had commands that were limited,
         max_beyond_rad: or when one of them is so far from what was wanted.
+        max_gap_s: a moving arm that got no command for so long has been stopped by its driver.
         commanding: False does everything but command (and halt).
     """
 
@@ -67,6 +69,7 @@ class ControlSettings:
     recover_s: float = 2.0
     max_limited_s: float = 5.0
     max_beyond_rad: float = 0.35
+    max_gap_s: float = MAX_GAP_S
     commanding: bool = True
 
 
@@ -196,7 +199,7 @@ class ControlLoop:
         self.limiter.reset(start)
         self._measured_rad = start[:6]
         began_s = clock.now_s()
-        self._began_s = self._troubled_s = began_s
+        self._began_s = self._troubled_s = self._commanded_s = began_s
         self._begin_waiting(began_s)
         period = 0
         try:
@@ -243,6 +246,7 @@ class ControlLoop:
                 self._count_limited(now_s, step.beyond_rad)
             if self._settings.commanding:
                 self._robot.command(step.command_rad[:6], dict(zip(self._others, step.command_rad[6:], strict=True)))
+                self._commanded_s = now_s
             if self._recorder:
                 self._recorder.command(now_s, step.command_rad)
             self._note_rest(now_s)
@@ -266,6 +270,12 @@ class ControlLoop:
         if settings.commanding and known and away_rad.max() > self._limits.tracking_rad:
             troubles.append(
                 f"a joint is {away_rad.max():.3f} rad from its command, expected {self._limits.tracking_rad:g} at most"
+            )
+        gap_s = now_s - self._commanded_s
+        if settings.commanding and gap_s > settings.max_gap_s and not self.limiter.at_rest:
+            troubles.append(
+                f"no command for {gap_s:.3f} s while the arm moved, expected {settings.max_gap_s:g} s at most: this "
+                "computer is too busy"
             )
         if troubles:
             self._halt(now_s, "; ".join(troubles))

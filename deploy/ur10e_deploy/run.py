@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         fps=fps, command_hz=args.command_hz, speed_fraction=args.speed_fraction,
         replan_frames=args.replan or (1 if seam == "ensemble" else runner.n_action_steps),
         duration_s=args.duration_s, recover_s=args.recover_s, max_limited_s=args.max_limited_s,
-        max_beyond_rad=args.max_beyond_rad, commanding=commanding,
+        max_beyond_rad=args.max_beyond_rad, max_gap_s=args.max_gap_ms / 1e3, commanding=commanding,
     )  # fmt: skip
     if settings.replan_frames > runner.chunk_size:
         raise PolicyError(f"--replan {settings.replan_frames}: expected at most {runner.chunk_size} (chunk_size)")
@@ -168,6 +168,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         ("--max-beyond-rad", args.max_beyond_rad, 0.0, math.inf),
         ("--max-joint-age-s", args.max_joint_age_s, 0.001, math.inf),
         ("--max-camera-age-s", args.max_camera_age_s, 0.001, math.inf),
+        ("--max-gap-ms", args.max_gap_ms, 1.0, math.inf),
         ("--latency-ms", args.latency_ms, 0.0, math.inf),
         ("--fade-frames", args.fade_frames, 1, math.inf),
         ("--smooth-frames", args.smooth_frames, 0.0, 10.0),
@@ -228,6 +229,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-camera-age-s", type=float, default=CAMERA_AGE_S, metavar="S", help=f"default: {CAMERA_AGE_S:g}"
     )
+    p.add_argument(
+        "--max-gap-ms", type=float, default=1e3 * DEFAULTS.max_gap_s, metavar="MS",
+        help=f"halt when a moving arm got no command for longer (default: {1e3 * DEFAULTS.max_gap_s:g})",
+    )  # fmt: skip
     p.add_argument("--allow-unknown-start", action="store_true", help="for checkpoints that do not say where to start")
     p.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
     p.add_argument("--backend", choices=BACKENDS, default="native", help="default: native, which needs no LeRobot")
