@@ -130,8 +130,8 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--all-extras --upgrade-package torch==2.13.0 --upgrade-package torchvision==0.28.0 -o constraints.txt pyproject.toml
 	echo lerobot==0.4.4 | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-lerobot-0.4.4.txt
-	echo 'lerobot[training]==0.6.1 rosbags' | tr ' ' '\n' | $(UV) pip compile --quiet --universal --python-version 3.12 \
-		--no-emit-index-url --no-header --no-annotate - -o constraints-lerobot-0.6.1.txt
+	printf '%s\n' 'lerobot[training]==0.6.1' rosbags torch==2.10.0 torchvision==0.25.0 | $(UV) pip compile --quiet \
+		--universal --python-version 3.12 --no-emit-index-url --no-header --no-annotate - -o constraints-lerobot-0.6.1.txt
 	echo 'mlflow[auth]' | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-mlflow.txt
 
