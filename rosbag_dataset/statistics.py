@@ -26,7 +26,7 @@ DELTA_STD_FLOOR_RAD = 1e-4
 # Of a state from another topic, whose unit may be anything: this part of its largest magnitude; of one that never
 # changes 1, in its unit. Of its deltas: a hundredth, as of joints.
 STATE_STD_FLOOR = 1e-2
-ANGLE_BINS = 1 << 16  # of the circle
+ANGLE_BINS, MANY_FRAMES = 1 << 16, 100_000  # of the circle; that are sorted at once
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Moments = tuple[int, np.ndarray, np.ndarray]  # count, mean, sum of squared deviations from it
@@ -125,9 +125,14 @@ def angle_references(episodes: Sequence[Episode]) -> np.ndarray:
     """
     states = episodes[0].path_rad.shape[1]
     least, largest = np.full((2, states, ANGLE_BINS), np.nan)
-    for episode in episodes:
-        for joint, path in enumerate(episode.path_rad.T):
-            angles = np.sort(wrap_to_pi(path))
+    waiting: list[np.ndarray] = []  # short episodes are looked at together
+    for number, episode in enumerate(episodes):
+        waiting.append(episode.path_rad)
+        if number + 1 < len(episodes) and sum(map(len, waiting)) < MANY_FRAMES and len(waiting) < MANY_FRAMES // 1000:
+            continue
+        paths, waiting = np.concatenate(waiting), []
+        for joint in range(states):
+            angles = np.sort(wrap_to_pi(paths[:, joint]))
             bins = np.clip((angles + np.pi) * (ANGLE_BINS / (2 * np.pi)), 0, ANGLE_BINS - 1).astype(np.int64)
             ends = np.flatnonzero(np.append(np.diff(bins), 1))  # the last angle of each bin
             first, last = angles[np.append(0, ends[:-1] + 1)], angles[ends]

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rosbag_dataset import ChunkDataset, angle_references, compute_stats, refer_angles, split_episodes, wrap_to_pi
+from rosbag_dataset import (
+    ChunkDataset,
+    angle_references,
+    compute_stats,
+    refer_angles,
+    split_episodes,
+    statistics,
+    wrap_to_pi,
+)
 from tests.bags import T0_NS, make_take, settings, smooth_path, write_bag
 from tests.checks import TAKE, cut, error_of, load
 from tests.episodes import one_joint, sync, turning, with_pixels, without
@@ -87,8 +95,10 @@ def test_statistics_without_any_action():
     assert "no action to learn" in error_of(lambda: compute_stats([alone], "imagenet", 8))
 
 
-def test_angle_references_are_those_of_all_frames_at_once():
+@pytest.mark.parametrize("many_frames", [1, 100_000], ids=["one by one", "together"])
+def test_angle_references_are_those_of_all_frames_at_once(many_frames, monkeypatch):
     """Kept by bins of the circle, they are what sorting every frame of all episodes gives, to the last bit."""
+    monkeypatch.setattr(statistics, "MANY_FRAMES", many_frames)
     random = np.random.default_rng(0)
     for spread in (0.01, 1.0, 3.0):
         paths = [random.normal(random.uniform(-9, 9), spread, (n, 6)) for n in (1, 7, 500)]
