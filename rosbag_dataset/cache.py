@@ -366,7 +366,7 @@ def save(path: Path, content: np.ndarray | bytes) -> None:
         array, header = np.ascontiguousarray(content), io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
         file.write(header.getvalue())
-        file.write(array.reshape(-1).view(np.uint8))
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def flush(path: Path) -> None:
