@@ -10,7 +10,7 @@ speed of training with the real network, its loader and its step, both ways in t
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import resource
 import shutil
 import sys
 import time
@@ -28,7 +28,7 @@ from training import feed
 
 KINDS = {"mcap": ("mcap", False), "sqlite3": ("sqlite3", False), "jpeg": ("mcap", True)}  # storage, JPEG
 JPEG_TOPIC = "/camera/color/image_raw/compressed"
-WARM_UP_STEPS = 6  # more than the batches that two workers load ahead: these cost the measured steps nothing
+WARM_UP_STEPS = 5  # more than the batches that two workers load ahead: these cost the measured steps nothing
 WAYS = ("cache", "bags")
 
 
@@ -68,18 +68,9 @@ def _compare(report: Report, options: argparse.Namespace, kind: str) -> None:
         report.row(f"{kind}: pixels written, {way}", [pixels], "bytes")
         report.row(f"{kind}: all that is written, {way}", [size_of(folder)], "bytes")
 
-    trainer = make_trainer(
-        options, options.out / f"frames-{kind}", bags=bag_dir, data__cache_dir=caches["bags"], data__frames="bags",
-        data__frames_on_device="never", **topic,
-    )  # fmt: skip
-    stored = {episode.name: episode for episode in load("cache")}
-    copies = [
-        dataclasses.replace(episode, entry=stored[episode.name].entry, source=None)
-        for episode in trainer.train_episodes
-    ]
-    chunk = trainer.cfg.model.chunk_size
-    datasets = {"cache": ChunkDataset(copies, chunk), "bags": trainer.dataset}
-    order = np.random.default_rng(common.SEED).permutation(len(trainer.dataset))[: options.loaded].tolist()
+    # Angles are not wrapped here, as training would: what a sample costs does not depend on it.
+    datasets = {way: ChunkDataset(load(way), options.chunk) for way in WAYS}
+    order = np.random.default_rng(common.SEED).permutation(len(datasets["bags"]))[: options.loaded].tolist()
 
     def cpu_ms(way: str) -> float:
         """Of one core, per frame, to load samples in random order; nothing else runs in this process."""
@@ -88,8 +79,30 @@ def _compare(report: Report, options: argparse.Namespace, kind: str) -> None:
             datasets[way].__getitems__(order[first : first + options.batch_size])
         return 1e3 * (time.process_time() - begin_s) / len(order)
 
-    def samples_per_s(way: str) -> float:
-        """The trainer's loop: its loader, the way of a batch to the device, its step."""
+    for way in WAYS:  # what is opened and made at the first frame's cost
+        datasets[way].__getitems__(order[: options.batch_size])
+    costs = common.alternate(options.rounds, {way: lambda way=way: cpu_ms(way) for way in WAYS})
+    for way in WAYS:
+        report.row(f"{kind}: loading a frame, {way}", costs[way], "CPU ms")
+    report.ratio(f"{kind}: loading a frame, bags to cache", costs["bags"], costs["cache"])
+    if not options.only_loading:
+        trainer = make_trainer(
+            options, options.out / f"frames-{kind}", bags=bag_dir, data__cache_dir=caches["cache"], **topic
+        )
+        _train(report, options, kind, trainer, datasets)
+    report.note(f"{kind}: {len(datasets['bags'])} samples.")
+    for folder in caches.values():
+        shutil.rmtree(folder)
+
+
+def _train(
+    report: Report, options: argparse.Namespace, kind: str, trainer: train.Trainer, datasets: dict[str, ChunkDataset]
+) -> None:
+    """The trainer's loop, on either kind of samples in turn: its loader, the way of a batch to the device, its step."""
+
+    def turn(way: str) -> tuple[float, float]:
+        """(samples per s without the first steps; CPU s a sample, with them, of this process and the loader's)."""
+        before_s = cpu_s()
         stream = feed.SampleStream(len(datasets[way]), options.batch_size, 0, 1, common.SEED)
         batches = iter(feed.make_loader(datasets[way], stream, options.workers, trainer.world.device))
         try:
@@ -100,23 +113,26 @@ def _compare(report: Report, options: argparse.Namespace, kind: str) -> None:
             for _ in range(options.steps):
                 trainer.train_step(trainer.prepare(next(batches)))
             common.synchronize(trainer.world.device)
-            return options.steps * options.batch_size / (time.perf_counter() - begin_s)
+            took_s = time.perf_counter() - begin_s
         finally:
             feed.end_loader(batches)
+        of_all = (WARM_UP_STEPS + options.steps) * options.batch_size
+        return options.steps * options.batch_size / took_s, (cpu_s() - before_s) / of_all
 
-    for way in WAYS:  # what is opened and made at the first frame's cost
-        datasets[way].__getitems__(order[: options.batch_size])
-    costs = common.alternate(options.rounds, {way: lambda way=way: cpu_ms(way) for way in WAYS})
-    for way in WAYS:
-        report.row(f"{kind}: loading a frame, {way}", costs[way], "CPU ms")
-    report.ratio(f"{kind}: loading a frame, bags to cache", costs["bags"], costs["cache"])
-    rates = common.alternate(options.rounds, {way: lambda way=way: samples_per_s(way) for way in WAYS})
+    turns = common.alternate(options.rounds, {way: lambda way=way: turn(way) for way in WAYS})
+    rates, work = ({way: [one[i] for one in turns[way]] for way in WAYS} for i in (0, 1))
     for way in WAYS:
         report.row(f"{kind}: training, {way}", rates[way], "samples/s")
+        report.row(f"{kind}: training by CPU time, {way}", work[way], "CPU s a sample")
     report.ratio(f"{kind}: speed of training, bags to cache", rates["bags"], rates["cache"], at_least=0.95)
-    report.note(f"{kind}: {len(trainer.dataset)} samples of {len(trainer.train_episodes)} bags, {trainer.precision}.")
-    for folder in caches.values():
-        shutil.rmtree(folder)
+    report.ratio(f"{kind}: the same by CPU time", work["cache"], work["bags"], at_least=0.95)
+    report.note(f"{kind}: the network of {trainer.cfg.model.dim_model} and {trainer.precision}.")
+
+
+def cpu_s() -> float:
+    """CPU time of this process so far, and of its children that have ended."""
+    of = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in of)
 
 
 def size_of(folder: Path) -> int:
@@ -134,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="recordings to measure (default: all)")
     add("--workers", type=whole(0), default=2, help="processes that load samples (default: %(default)s)")
     add("--loaded", type=whole(1), default=500, help="frames of a measurement of CPU time (default: %(default)s)")
+    add("--only-loading", action="store_true", help="leave out the training, which takes most of the time")
     options = parser.parse_args(argv)
+    options.chunk = common.config(options).model.chunk_size
     return common.run_stages(options, [frames_in_place])
 
 

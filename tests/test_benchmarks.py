@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 import train
-from benchmarks import common, decode_once, int8, run, versus_lerobot
+from benchmarks import common, decode_once, frames_in_place, int8, run, versus_lerobot
 from rosbag_dataset import load_episodes
 from tests import tiny
 from tests.lerobot_044 import launch
@@ -80,6 +80,15 @@ def test_stages_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert run.main(["loader", *arguments(tmp_path, "--seconds=0.01")]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("bags-*/recording.json")} == recorded
     assert len(recorded) == 2
+
+
+def test_frames_in_place(tmp_path: Path) -> None:
+    """Of JPEG: pixels are written one way and not the other, and both ways are loaded and trained on."""
+    options = arguments(tmp_path, "--kinds=jpeg", "--workers=1", "--loaded=8")
+    assert frames_in_place.main(options) == 0
+    content = results(tmp_path, "frames_in_place")
+    assert value(content, "jpeg: pixels written, bags") == 0 < value(content, "jpeg: pixels written, cache")
+    assert targets(content) == {"jpeg: speed of training, bags to cache", "jpeg: the same by CPU time"}
 
 
 def test_train_stage(tmp_path: Path, sample_bags: Path) -> None:

@@ -211,11 +211,10 @@ class DeviceFrames:
             self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
             first = 0
             for episode in owners:
-                stored = episode.stored_images[camera]
-                with ThreadPoolExecutor(LOADING_THREADS) as pool:  # reading, decoding and copying wait for no other
-                    blocks = [(episode, camera, start, first) for start in range(0, stored, BLOCK)]
-                    list(pool.map(self._load, blocks))
-                first += stored
+                own = episode.stored_images[camera]
+                with ThreadPoolExecutor(LOADING_THREADS) as pool:  # pictures in the bags are decoded now
+                    list(pool.map(self._load, [(episode, camera, start, first) for start in range(0, own, BLOCK)]))
+                first += own
 
     def _load(self, block: tuple[Episode, str, int, int]) -> None:
         """Copy up to BLOCK images of an episode, from `start` on, to the device; its first is number `first` there."""
