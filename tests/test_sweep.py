@@ -40,7 +40,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[int, str, list[str]]:
     """-> (exit code, stdout, error lines)."""
-    stdout, stderr = process.communicate(timeout=280)
+    stdout, stderr = process.communicate()
     assert "Traceback" not in stderr, stderr
     return process.returncode, stdout, [x for x in stderr.replace("\r", "\n").splitlines() if x.startswith("error: ")]
 
@@ -50,9 +50,9 @@ def test_three_arms_of_which_one_fails_and_one_is_interrupted(sample_bags: Path,
     finished, survives the arm that fails, compares what there is, and exits with 1."""
     config(tmp_path, sample_bags, training__steps=60, training__save_freq=60, training__log_freq=1, training__seed=24)
     options, second = ("--grid", GRID, "--rollouts", "0"), tmp_path / "out/runs/n_heads4"
-    process, deadline = start(tmp_path, *options), time.monotonic() + 240
+    process = start(tmp_path, *options)
     while not (second / "metrics.jsonl").exists() or not metrics(second):
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        assert process.poll() is None, finish(process)
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     code, stdout, _ = finish(process)
