@@ -174,12 +174,12 @@ def test_workers_that_are_forked_or_spawned_read_the_same(tmp_path):
 
 def test_a_forked_worker_resizes_although_this_process_had_threads(tmp_path):
     """OpenCV's pool of threads does not survive a fork: a worker that waited for one would wait for ever."""
-    take = make_take(seconds=0.3, size=(480, 640))
+    take = make_take(seconds=0.2, size=(960, 1280))  # large enough for OpenCV to divide it among threads
     write_bag(tmp_path / "bags" / "a", take.messages())
     threads = cv2.getNumThreads()
     try:
         cv2.setNumThreads(4)
-        episodes, _ = load(settings(tmp_path / "bags", frames="bags", image_resize=[240, 320]))
+        episodes, _ = load(settings(tmp_path / "bags", frames="bags", image_resize=[480, 640]))
         cv2.setNumThreads(4)
         cv2.resize(np.zeros((2000, 2000, 3), np.uint8), (1000, 1000), interpolation=cv2.INTER_AREA)
         dataset = ChunkDataset(episodes, 4)
