@@ -111,7 +111,7 @@ def load_episodes(
     for episode in episodes:
         bag = good.get(episode.bag)
         if bag is not None and bag.reader is None and episode.entry != settings.cache_dir / keys[bag.name]:
-            episode.source = source_of(bag, settings)  # its pictures lie where the bag is now
+            episode.source = source_of(bag, settings, keys[bag.name])  # its pictures lie where the bag is now
     place = {bag.name: number for number, bag in enumerate(bags)}
     skipped.sort(key=lambda left_out: place[left_out["bag"]])
     for left_out in skipped:

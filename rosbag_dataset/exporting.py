@@ -220,7 +220,8 @@ def _job(dataset: Dataset, episodes: Sequence[Episode], segments: Sequence[Segme
         "units": list(dataset.units),
         "acted": list(dataset.acted),
         "action_mode": dataset.action_mode,
-        "frames decoded as": sorted({episode.entry.name for episode in episodes if episode.entry}),
+        # Wherever they are read: a dataset that was begun with frames in the bags goes on with a copy.
+        "frames decoded as": sorted({e.source.key if e.source else e.entry.name for e in episodes if e.entry}),
         "episodes": [
             {"name": episode.name, "content": episode.content_hash, "numbers": _hash(episode)} for episode in episodes
         ],

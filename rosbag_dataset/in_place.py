@@ -66,11 +66,12 @@ class Source:
     files: tuple[Path, ...]
     topics: dict[str, str]  # camera -> topic, for errors
     ros_distro: str
+    key: str  # of the entry that a copy of its pictures would be: cache.cache_key()
 
 
-def source_of(bag: Bag, settings: BagSettings) -> Source:
+def source_of(bag: Bag, settings: BagSettings, key: str) -> Source:
     """The files of a bag, as PictureReader.read() wants them."""
-    return Source(bag.name, bag.files, settings.camera_topics, settings.ros_distro)
+    return Source(bag.name, bag.files, settings.camera_topics, settings.ros_distro, key)
 
 
 def places_file(camera: str) -> str:
@@ -351,7 +352,7 @@ class _Probe(NamedTuple):
 
 def _probe(bag: Bag, settings: BagSettings) -> _Probe:
     """Read a few pictures of a bag. Raises NotInPlace and BagError as find_messages(), or of a picture."""
-    found, source = find_messages(bag, settings), source_of(bag, settings)
+    found, source = find_messages(bag, settings), source_of(bag, settings, "")
     reader, cpu_ms, sizes = PictureReader(), 0.0, []
     with contextlib.ExitStack() as stack:
         types = {c.topic: ros2_type(c.msgtype) for reader_ in open_storage(bag, stack) for c in reader_.connections}

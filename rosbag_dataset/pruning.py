@@ -33,7 +33,7 @@ from .inspection import settings_of
 from .storage import storage_errors
 from .warm import PREFIX
 
-KEY = f"(?:{PREFIX})?[0-9a-f]{{24}}"  # what cache_key() and kept_key() return
+KEY = "(?:" + PREFIX + ")?[0-9a-f]{24}"  # what cache_key() and kept_key() return
 GB, DAY_S = 1_000_000_000, 86_400
 
 

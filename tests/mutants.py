@@ -381,7 +381,7 @@ MUTANTS = [
            "signal.signal(signal.SIGTERM, signal.default_int_handler)", "signal.signal(signal.SIGTERM, signal.SIG_DFL)",
            "test_exporting.py::test_a_stop_is_one_line"),
     Mutant("lerobot: parts of a recording are on both sides", "rosbag_dataset/episodes.py",
-           "bag.part_of or (episode.bag, recorded)", "(episode.bag, recorded)",
+           "bag.part_of or (episode.bag, episode.recording_hash)", "(episode.bag, episode.recording_hash)",
            "test_recordings.py::test_parts_of_one_recording_are_on_one_side"),
     Mutant("lerobot: changes per frame are taken for positions", "lerobot_dataset/recordings.py",
            'if source.action_mode == "delta":', "if False:",

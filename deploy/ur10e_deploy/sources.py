@@ -267,7 +267,7 @@ class BagSource:
                 f"{first.image_shape} (HxW), and the checkpoint's settings do not resize them; evaluate them apart"
             )
         for episode in episodes:
-            episode.entry, episode.source = entry, None if entry.name == key else source_of(bag, settings)
+            episode.entry, episode.source = entry, None if entry.name == key else source_of(bag, settings, key)
         self._loaded[number] = episodes
         return episodes
 
