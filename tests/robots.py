@@ -22,6 +22,7 @@ from sim.world import World
 from ur10e import JOINT_NAMES
 
 FPS, CHUNK = 30.0, 40
+SIGNS = (-1.0, 1.0, 1.0, 1.0, 1.0, -1.0)  # of contract(): the last is the pan joint's, which moves most
 HZ = 125.0  # of commands: the slowest, and so the cheapest
 
 
@@ -31,7 +32,7 @@ def contract(action_mode: str = "absolute", others: Sequence[str] = (), **change
     fields: dict[str, Any] = dict(  # every field of RobotContract
         action_mode=action_mode, state_names=names, state_topics={name: f"/{name}:data" for name in others},
         units=(*["rad"] * 6, *[""] * len(others)), acted=tuple(range(len(names))), of_commands=False,
-        joint_sign=(-1.0, *[1.0] * (len(names) - 1)), wrap_angles=False, revolute=(*[True] * 6, *[False] * len(others)),
+        joint_sign=(*SIGNS, *[1.0] * len(others)), wrap_angles=False, revolute=(*[True] * 6, *[False] * len(others)),
         angle_reference_rad=(0.0,) * len(names), fps=FPS, rest_at_start_s=0.2, image_age_s={}, start_states=(),
         start_brightness={}, recorded_shapes={}, image_resize=None, cameras={"color": (32, 48)}, training_episodes=(),
         held_out_episodes=(), data_settings={}, code={}, source="a test",

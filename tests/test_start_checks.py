@@ -12,10 +12,10 @@ from ur10e_deploy.start_checks import check_contract, check_pictures, check_pose
 
 from sim.expert import random_episode
 from sim.robot import CAMERA, JOINTS, PROTECTIVE, Fault
-from tests.robots import HZ, contract, make_loop
+from tests.robots import HZ, SIGNS, contract, make_loop
 
-ORDER = [5, 4, 3, 2, 1, 0]  # the contract's; its first joint has sign -1
-STARTS = np.array([random_episode(3, i)[1].start_rad for i in range(20)])[:, ORDER] * [-1, 1, 1, 1, 1, 1]
+ORDER = [5, 4, 3, 2, 1, 0]  # the contract's
+STARTS = np.array([random_episode(3, i)[1].start_rad for i in range(20)])[:, ORDER] * SIGNS
 KNOWN = contract(start_states=tuple(map(tuple, STARTS)))
 GREY = np.full((32, 48, 3), 100, np.uint8)
 SEEN = replace(KNOWN, start_brightness={"color": (90.0, 120.0)}, recorded_shapes={"color": ((32, 48),)})
@@ -41,7 +41,7 @@ def test_a_start_like_training_is_taken_and_one_far_away_refused():
 def test_every_start_of_training_is_near_the_others():
     """The tolerance counts from how far training's own starts are apart: a new one of the same kind passes."""
     for i in range(20, 40):
-        start = random_episode(3, i)[1].start_rad[ORDER] * [-1, 1, 1, 1, 1, 1]
+        start = random_episode(3, i)[1].start_rad[ORDER] * SIGNS
         check_pose(KNOWN, start, False)
 
 
