@@ -69,12 +69,12 @@ def test_the_parts_are_where_the_kinematics_say():
     np.testing.assert_allclose(points_m[:, 4], tool_tip(q_rad), atol=1e-12)
 
 
-@pytest.mark.parametrize("command_hz", [125, 250, 500])
+@pytest.mark.parametrize("command_hz", [125, 500])
 def test_no_command_breaks_a_limit_whatever_is_asked(command_hz: int):
     """Jumps, noise, NaN, infinities: position, speed, acceleration, jerk and workspace hold in every period."""
     limiter = Limiter(LIMITS, 1 / command_hz)
     limiter.reset(HOME)
-    path_rad, limited = follow(limiter, hostile(np.random.default_rng(command_hz), 4 * command_hz))
+    path_rad, limited = follow(limiter, hostile(np.random.default_rng(command_hz), 2 * command_hz + 250))
     assert_kept(np.concatenate([HOME[None], path_rad]), 1 / command_hz)
     assert limited.mean() > 0.5 and np.ptp(path_rad, axis=0).max() > 0.3  # it was asked for the impossible, and moved
 
@@ -82,15 +82,15 @@ def test_no_command_breaks_a_limit_whatever_is_asked(command_hz: int):
 def test_the_end_of_a_joint_and_of_the_box_are_reached_and_kept():
     """A target beyond an end is followed up to it: near, and never past."""
     tight = replace(LIMITS, high_rad=np.where(np.arange(6) == 5, 0.5, LIMITS.high_rad))
-    limiter = Limiter(tight, 0.004)
+    limiter = Limiter(tight, 0.008)
     limiter.reset(HOME)
-    path_rad, _ = follow(limiter, [HOME + [0, 0, 0, 0, 0, 2.0]] * 600)
-    assert_kept(np.concatenate([HOME[None], path_rad]), 0.004, tight)
+    path_rad, _ = follow(limiter, [HOME + [0, 0, 0, 0, 0, 2.0]] * 250)
+    assert_kept(np.concatenate([HOME[None], path_rad]), 0.008, tight)
     assert 0.4 < path_rad[-1, 5] <= 0.5
     below = inverse_kinematics((-0.55, 0.0, -0.1))  # the tip in the table
     limiter.reset(HOME)
-    path_rad, _ = follow(limiter, [below] * 800)
-    assert_kept(np.concatenate([HOME[None], path_rad]), 0.004)
+    path_rad, _ = follow(limiter, [below] * 300)
+    assert_kept(np.concatenate([HOME[None], path_rad]), 0.008)
     assert LIMITS.tool_low_m[2] <= tool_tip(path_rad[-1])[2] < 0.1
 
 
