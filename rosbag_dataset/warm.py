@@ -63,7 +63,7 @@ def kept_key(bags: Sequence[Bag], keys: dict[str, str], settings: BagSettings) -
             parts.append([field.name, repr(getattr(settings, field.name))])  # of mappings with their order
     for bag in bags:
         entry = find_entry(keys[bag.name], settings)
-        parts.append([keys[bag.name], entry and [entry.name, _stamp(entry)]])
+        parts.append([keys[bag.name], entry and [entry.name, _stamp(entry)], bag.part_of])
         if settings.episodes == "file":
             parts.append(sidecar_path(bag).read_bytes().hex())
     return PREFIX + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

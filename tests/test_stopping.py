@@ -117,13 +117,15 @@ def test_a_signal_while_bags_are_decoded_exits_75_at_once(sample_bags: Path, tmp
 
 
 STOPPED_IN_WAIT = """
-import concurrent.futures._base as base, os, signal, sys, train
-def acquire(self):
-    for i, future in enumerate(self.futures):
-        future._condition.acquire()
-        if i == 0 and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
-sent, base._AcquireFutures.__enter__ = [], acquire
+import concurrent.futures, os, signal, sys, train
+Future = concurrent.futures.Future
+def add_done_callback(self, callback):
+    self._condition.acquire()
+    if not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    self._condition.release()
+    add(self, callback)
+sent, add, Future.add_done_callback = [], Future.add_done_callback, add_done_callback
 sys.exit(train.main(sys.argv[2:]))
 """
 
