@@ -43,6 +43,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from rosbag_dataset import available_cores
 from training.errors import ConfigError
 from training.grid import Arm, parse_grid
 from training.stopping import StopSignal
@@ -179,7 +180,7 @@ class Machine:
         if self._gpus and jobs > len(self._gpus):
             self.notes.append(f"{jobs} jobs share {len(self._gpus)} GPUs")
         if not self._gpus and jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = available_cores()
             self._threads = max(1, cores // jobs)
             self.notes.append(
                 f"{jobs} jobs share {cores} cores, {self._threads} threads each, and slow each other down"

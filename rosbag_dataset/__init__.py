@@ -37,8 +37,10 @@ from .cache import EntryError, build_entry, cache_key, clean_cache, find_entry, 
 from .commands import held as held_commands
 from .config import Schema, parse_yaml, read_config, setting
 from .cutting import cut, cut_settings, left_out_notes
+from .decoding import available_cores
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SettingError, SetupError
+from .faults import BLACK_BELOW, WHITE_ABOVE
 from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
 from .in_place import PicturesInPlace, source_of
 from .reading import Recording, image_sha256, read_bag
@@ -63,6 +65,9 @@ from .synchronisation import Episode, no_motion, refer_angles, synchronise, wrap
 from .topics import typestore_for
 
 __all__ = [
+    "BLACK_BELOW",
+    "WHITE_ABOVE",
+    "available_cores",
     "COMPRESSED_TYPE",
     "DATASET_ACTION",
     "NEXT_STATE",

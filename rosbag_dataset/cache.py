@@ -375,6 +375,20 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Generator[Path]:
+    """A path to write to; at the end what was written is on the disk as `path`, or, after an error, gone."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _fault(entry: Path, settings: BagSettings) -> EntryError | None:
     """What is wrong with an entry, or None."""
     try:

@@ -63,32 +63,86 @@ def build_entries(
         return [], []
     clean_cache(settings.cache_dir)
     typestore_for(settings.ros_distro)  # the processes inherit it
-    workers = min(workers or _decoding_processes(), len(todo))
     total = sum((bag.claimed or {}).get(topic, 0) for bag in todo for topic in settings.camera_topics.values())
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # spawn would import torch again
-    context = multiprocessing.get_context(method)
-    counters = context.Array("q", [0, 0])
     failed: list[tuple[Bag, BagError]] = []
     not_in_place: list[str] = []
     bar = tqdm(
         total=total or None, desc=f"decoding {len(todo)} bags", unit="frame", disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
     )  # fmt: skip
+
+    def show(images: int, size: int) -> None:
+        bar.n = images
+        rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
+        bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
+
+    def take(task: tuple[Any, ...], result: BagError | str) -> bool:
+        if isinstance(result, BagError):
+            failed.append((task[0], result))
+        elif result:
+            not_in_place.append(result)
+        return bool(failed) and stop_early
+
+    tasks = [(bag, keys[bag.name], settings, in_place) for bag in todo]
+    with bar:
+        try:
+            in_processes(_build_one, tasks, workers or _decoding_processes(), show, take)
+        except BrokenProcessPool:
+            raise BagError(
+                "data.bag_dir: a process that decodes bags was killed, most likely for want of memory; "
+                "free some and start again (the bags that were finished stay cached)"
+            ) from None
+    return failed, not_in_place
+
+
+def in_processes(
+    work: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    workers: int,
+    show: Callable[[int, int], None],
+    take: Callable[[tuple[Any, ...], Any], bool],
+    start: Callable[..., None] | None = None,
+    shared: tuple[Any, ...] = (),
+) -> None:
+    """Do `work(*task)` for each task, in processes of their own; SIGINT and SIGTERM are answered meanwhile.
+
+    Args:
+        work: what to do, a function of a module.
+        tasks: its arguments.
+        workers: number of processes, at most one per task.
+        show: called as show(images, bytes) four times a second, with what all processes have counted (count()).
+        take: called as take(task, result) for each that is done; True ends it all, without waiting for the others.
+        start: called as start(counters, *shared) in a new process, which has to call start_worker(counters); that by
+            default.
+        shared: what all tasks need.
+
+    Raises:
+        BrokenProcessPool: a process was killed.
+        What `take` raises.
+    """
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # spawn would import torch again
+    context = multiprocessing.get_context(method)
+    counters = context.Array("q", [0, 0])
+    workers = max(1, min(workers, len(tasks)))
     opencv_threads = cv2.getNumThreads()
-    # One bag per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
+    # One task per core is the parallelism. Set before forking: OpenCV's thread pool does not survive a fork, and a
     # child that touches it (even to switch it off) waits for threads that are not there.
     cv2.setNumThreads(1)
-    with hold_signals() as answer, bar, ProcessPoolExecutor(workers, context, start_worker, (counters,)) as pool:
-        left = 0
+    given = (counters, *shared)
+    with (
+        hold_signals() as answer,
+        ProcessPoolExecutor(workers, context, start or start_worker, given) as pool,  # ty: ignore[no-matching-overload]
+    ):
+        left, ended = 0, False
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()  # concurrent.futures.wait() looks at all, each time
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
         try:
-            bag_of: dict[Future, Bag] = {pool.submit(_build_one, b, keys[b.name], settings, in_place): b for b in todo}
-            left = len(bag_of)
+            task_of = {pool.submit(work, *task): task for task in tasks}
+            left = len(task_of)
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-            for future in bag_of:
+            for future in task_of:
                 future.add_done_callback(done.put)
-            while left and not (failed and stop_early):
+            while left and not ended:
                 finished = []
                 with contextlib.suppress(queue.Empty):
                     finished.append(done.get(timeout=0.25))
@@ -96,37 +150,29 @@ def build_entries(
                         finished.append(done.get_nowait())
                 answer()
                 left -= len(finished)
-                images, size = counters.get_obj()  # without the lock: a process that was killed may have had it
-                bar.n = images
-                rate = bar.format_dict["rate"] or (images / max(1e-9, bar.format_dict["elapsed"]))
-                bar.set_postfix_str(f"{rate * size / 1e6 / max(1, images):.0f} MB/s, {size / 1e6:.0f} MB")
+                show(*counters.get_obj())  # without the lock: a process that was killed may have had it
                 for future in finished:
-                    result = future.result()
-                    if isinstance(result, BagError):
-                        failed.append((bag_of[future], result))
-                    elif result:
-                        not_in_place.append(result)
-        except BrokenProcessPool:
-            raise BagError(
-                "data.bag_dir: a process that decodes bags was killed, most likely for want of memory; "
-                "free some and start again (the bags that were finished stay cached)"
-            ) from None
+                    ended |= take(task_of[future], future.result())
         finally:
             if left:
-                # We were asked to stop, or a bag is bad. Bags that are half decoded are not waited for; their entries
-                # are discarded. The pool itself then marks the futures that are left as failed. Do not cancel them:
-                # up to Python 3.11 the pool's thread dies with a traceback on a cancelled future, and a stop should
-                # print one line.
+                # We were asked to stop, or something failed. Tasks that are half done are not waited for; what they
+                # have made is discarded. The pool itself then marks the futures that are left as failed. Do not cancel
+                # them: up to Python 3.11 the pool's thread dies with a traceback on a cancelled future, and a stop
+                # should print one line.
                 for process in list(pool._processes.values()):
                     process.terminate()
             signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
             cv2.setNumThreads(opencv_threads)
-    return failed, not_in_place
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decoding_processes() -> int:
     """One per core that this process may use, and a few more: each waits for the disk when it flushes an entry."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return cores + max(1, cores // 4)
 
 

@@ -22,23 +22,20 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import signal
 import sys
 from collections.abc import Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 from tqdm import tqdm
 
+from .cache import save, whole
 from .cutting import left_out_notes
-from .decoding import STOP_SIGNALS, count, hold_signals, start_worker
+from .decoding import available_cores, count, in_processes, start_worker
 from .episodes import load_episodes
 from .errors import NO_LOCKS, BagError, SetupError
 from .inspection import CONFIG, check_settings, settings_of
@@ -155,8 +152,7 @@ def export(
         out, settings.fps, codec, cameras, settings.state_names, settings.units,
         tuple(settings.acted.tolist()), settings.action_mode, tuple(tasks),
     )  # fmt: skip
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or cores
+    workers = workers or available_cores()
     with _begun(out, _job(dataset, episodes, segments, workers)) as job:
         if job is None:
             return f"{out} is whole already: an export of the same bags with the same settings"
@@ -284,13 +280,8 @@ def _load(path: Path) -> Any:
 
 def _save(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save(partial, json.dumps(content).encode())
 
 
 # -- files, several at once -----------------------------------------------------------------------------------------
@@ -325,41 +316,27 @@ def _write_files(
     total = sum(p.stop - p.start for parts in files for p in parts) * cameras
     if done:
         print(f"going on: {len(files) - len(todo)} of {len(files)} files are there", flush=True)
-    bar = tqdm(
+
+    def show(frames: int, _size: int) -> None:
+        bar.update(done + frames - bar.n)
+
+    def take(_task: tuple[int], error: BagError | None) -> bool:
+        if error is not None:
+            raise error
+        return False
+
+    with tqdm(
         total=total, initial=done, desc=f"writing {len(files)} files", unit="frame", disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    )  # fmt: skip
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    counters = context.Array("q", [0, 0])
-    opencv_threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # as in decoding.build_entries()
-    with bar, hold_signals() as answer, ProcessPoolExecutor(
-        max(1, min(workers, len(todo))), context, _start, (counters, dataset, files, records)
-    ) as pool:  # fmt: skip
-        pending: set[Future] = set()
-        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the children, until they are ready
+    ) as bar:  # fmt: skip
         try:
-            pending = {pool.submit(_write_one, number) for number in todo}
-            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-            while pending:
-                finished, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
-                answer()
-                bar.update(done + counters.get_obj()[0] - bar.n)  # without the lock: a killed process may have had it
-                for future in finished:
-                    if (error := future.result()) is not None:
-                        raise error
+            tasks = [(number,) for number in todo]
+            in_processes(_write_one, tasks, workers, show, take, start=_start, shared=(dataset, files, records))
         except BrokenProcessPool:
             raise SetupError(
                 "a process that writes the dataset was killed, most likely for want of memory; free some and run the "
                 "same again: files that are finished stay"
             ) from None
-        finally:
-            if pending:
-                for process in list(pool._processes.values()):
-                    process.terminate()
-            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-            cv2.setNumThreads(opencv_threads)
     return [row for record in records for row in _load(record)]
 
 

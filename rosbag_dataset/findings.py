@@ -406,7 +406,7 @@ def _flange_m(episode: Episode, settings: BagSettings) -> np.ndarray | None:
 def _poses(episode: Episode, flange_m: np.ndarray | None, settings: BagSettings) -> dict[str, Any]:
     """Where an episode starts and ends, and how far it goes."""
     facts: dict[str, Any] = {
-        when: {n: round(float(v), 4) for n, v in zip(settings.state_names, episode.state[index], strict=True)}
+        when: {n: round(float(v), 4) for n, v in zip(settings.state_names, _state(episode, index), strict=True)}
         for when, index in (("start", 0), ("end", -1))
     }
     if flange_m is not None:
@@ -414,6 +414,11 @@ def _poses(episode: Episode, flange_m: np.ndarray | None, settings: BagSettings)
         facts["flange_path_m"] = round(float(np.linalg.norm(np.diff(flange_m, axis=0), axis=1).sum()), 3)
         facts["flange_m"] = [_metres(point) for point in flange_m[:: max(1, len(flange_m) // 40)]]
     return facts
+
+
+def _state(episode: Episode, frame: int) -> np.ndarray:
+    """(S,) float32: an episode's state at a frame, as a training sees it."""
+    return episode.states(frame).astype(np.float32)
 
 
 def _metres(point: np.ndarray) -> list[float]:
@@ -431,15 +436,14 @@ def _overview(
         return overview
     lengths_s = [report["duration_s"] for report in reports]
     recorded_s = sum(report["recorded_s"] for report in reports)  # of each at least a frame
+    ranges = np.array([(state.min(axis=0), state.max(axis=0)) for state in (e.state for e in episodes)])
+    starts, ends = (np.array([_state(episode, frame) for episode in episodes]) for frame in (0, -1))
+    figures = {
+        "least": ranges[:, 0].min(axis=0), "most": ranges[:, 1].max(axis=0),
+        "start_median": np.median(starts, axis=0), "end_median": np.median(ends, axis=0),
+    }  # fmt: skip
     states = [
-        {
-            "name": name,
-            "unit": unit,
-            "least": round(float(min(e.state[:, j].min() for e in episodes)), 4),
-            "most": round(float(max(e.state[:, j].max() for e in episodes)), 4),
-            "start_median": round(float(np.median([e.state[0, j] for e in episodes])), 4),
-            "end_median": round(float(np.median([e.state[-1, j] for e in episodes])), 4),
-        }
+        {"name": name, "unit": unit} | {figure: round(float(values[j]), 4) for figure, values in figures.items()}
         for j, (name, unit) in enumerate(zip(settings.state_names, settings.units, strict=True))
     ]
     known = [flange for flange in flanges.values() if flange is not None]

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .cache import flush
+from .cache import whole
 from .errors import DISK_FULL, SetupError
 from .samples import open_pixels
 from .settings import action_unit
@@ -142,11 +142,11 @@ def write_file(
         if dataset.codec:
             for camera in dataset.cameras:
                 path = dataset.root / VIDEO_PATH.format(video_key=IMAGES + camera, **place)
-                with _whole(path) as partial:
+                with whole(path) as partial:
                     seen = _write_video(dataset, camera, partial, parts, count)
                 for of_part, levels in zip(stats, seen, strict=True):
                     of_part[IMAGES + camera] = levels
-        with _whole(dataset.root / DATA_PATH.format(**place)) as partial:
+        with whole(dataset.root / DATA_PATH.format(**place)) as partial:
             seen = _write_table(dataset, partial, parts, count)
         for of_part, levels in zip(stats, seen, strict=True):
             of_part |= levels
@@ -161,31 +161,13 @@ def write_file(
     return rows
 
 
-class _whole:  # noqa: N801 - used as a function
-    """A path to write to; at the end what was written is on the disk under its own name, or, after an error, gone."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            flush(self.partial)
-            os.replace(self.partial, self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
-
-
 def _columns(dataset: Dataset, part: Part) -> dict[str, np.ndarray]:
     """A part's columns but for pictures: (n, S) and (n, A) float32, and (n,) of LeRobot's own."""
     length = part.stop - part.start
     frame = np.arange(length)
     return {
-        STATE: part.episode.state[part.start : part.stop],
-        ACTION: part.episode.action[part.start : part.stop],
+        STATE: part.episode.states(slice(part.start, part.stop)).astype(np.float32),
+        ACTION: part.episode.first_actions(part.start, part.stop).astype(np.float32),
         "timestamp": (frame / dataset.fps).astype(np.float32),
         "frame_index": frame,
         "episode_index": np.full(length, part.number),
@@ -295,8 +277,7 @@ def _arrow(values: np.ndarray) -> pa.Array:
 def vector_stats(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Of (n, k) or (n,) numbers, (k,) or (1,) each: min, max, mean, std, quantiles; and count, (1,)."""
     columns = rows.reshape(len(rows), -1).astype(np.float64)
-    every = np.arange(len(columns))
-    each = [_weighted_stats(column, np.ones(len(every))) for column in columns.T]
+    each = [_weighted_stats(column, np.ones(len(columns))) for column in columns.T]
     stats = {name: np.array([of_column[name] for of_column in each]) for name in each[0]}
     return stats | {"count": np.array([len(rows)])}
 
@@ -379,9 +360,9 @@ def write_meta(dataset: Dataset, rows: Sequence[dict[str, Any]]) -> None:
         names = [name.split("/")[2] for name in rows[0] if name.startswith(f"stats/{feature}/")]
         of_episodes = [{name: np.array(row[f"stats/{feature}/{name}"]) for name in names} for row in rows]
         stats[feature] = {name: value.tolist() for name, value in _merged(of_episodes).items()}
-    with _whole(meta / "episodes" / f"{FILE.format(chunk_index=0, file_index=0)}.parquet") as partial:
+    with whole(meta / "episodes" / f"{FILE.format(chunk_index=0, file_index=0)}.parquet") as partial:
         pq.write_table(pa.table(columns), partial)
-    with _whole(meta / "tasks.parquet") as partial:
+    with whole(meta / "tasks.parquet") as partial:
         pq.write_table(_tasks(dataset.tasks), partial)
     _write_json(meta / "stats.json", stats)
     frames = sum(row["length"] for row in rows)
@@ -389,7 +370,7 @@ def write_meta(dataset: Dataset, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with _whole(path) as partial:
+    with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=4) + "\n")
 
 

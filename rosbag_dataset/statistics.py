@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from .cache import flush, save
+from .cache import save, whole
 from .errors import BagError
 from .samples import open_pixels
 from .synchronisation import Episode, wrap_to_pi
@@ -180,11 +179,6 @@ def _image_moments(episode: Episode, camera: str) -> Moments:
     for image in np.arange(len(stored))[images]:
         moments = _merge(moments, _moments(stored[image].reshape(-1, 3) / np.float32(255)))
     assert moments is not None
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError), whole(file) as partial:  # a full disk: they are computed again next time
         save(partial, json.dumps([moments[0], moments[1].tolist(), moments[2].tolist()]).encode())
-        flush(partial)
-        os.replace(partial, file)
-    except OSError:  # a full disk: they are computed again next time
-        partial.unlink(missing_ok=True)
     return moments

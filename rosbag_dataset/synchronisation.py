@@ -94,10 +94,10 @@ class Episode:
         action = np.zeros((len(self.time_ns), len(self.acted)), np.float32)
         for start, stop in self.segments:
             last = max(start, stop - self.ahead)
-            action[start:last] = self._first_actions(start, last)
+            action[start:last] = self.first_actions(start, last)
         return action
 
-    def _first_actions(self, start: int, stop: int) -> np.ndarray:
+    def first_actions(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, A) float64: the first action of the chunk from each of these frames of a segment.
 
         Absolute ones start on the turn of the episode's first state and follow the motion without jumps.
@@ -132,7 +132,7 @@ class Episode:
         if self.action_mode == "relative":
             return self._target(t, t + count) - self.path_rad[t, self.acted]
         if self.action_mode == "absolute" or self.target is None:
-            return self._first_actions(t, t + count)
+            return self.first_actions(t, t + count)
         return np.diff(self.target[t : t + count], axis=0, prepend=self.path_rad[t, self.acted][None])
 
     def chunk_actions(self, start: int, count: int, k: int) -> np.ndarray:

@@ -206,15 +206,17 @@ class DeviceFrames:
     def __init__(self, episodes: Sequence[Episode], device: torch.device) -> None:
         owners = pixel_owners(episodes).values()
         self.frames = {}  # camera -> (N, H, W, 3) uint8
+        blocks: list[tuple[Episode, str, int, int]] = []
         for camera, shape in episodes[0].image_shape.items():
             stored = sum(e.stored_images[camera] for e in owners)
             self.frames[camera] = torch.empty((stored, *shape, 3), dtype=torch.uint8, device=device)
             first = 0
             for episode in owners:
                 own = episode.stored_images[camera]
-                with ThreadPoolExecutor(LOADING_THREADS) as pool:  # pictures in the bags are decoded now
-                    list(pool.map(self._load, [(episode, camera, start, first) for start in range(0, own, BLOCK)]))
+                blocks += [(episode, camera, start, first) for start in range(0, own, BLOCK)]
                 first += own
+        with ThreadPoolExecutor(LOADING_THREADS) as pool:  # pictures in the bags are decoded now
+            list(pool.map(self._load, blocks))
 
     def _load(self, block: tuple[Episode, str, int, int]) -> None:
         """Copy up to BLOCK images of an episode, from `start` on, to the device; its first is number `first` there."""

@@ -312,7 +312,7 @@ def starts(train: Sequence[Episode]) -> dict[str, Any]:
     some = train[:: -(-len(train) // MAX_STARTS)]
     levels = {c: [float(open_pixels(e, c)[e.image_index[c][0]].mean()) for e in some] for c in train[0].image_shape}
     return {
-        "start_states": [[round(float(value), 4) for value in e.state[0]] for e in some],
+        "start_states": [[round(float(value), 4) for value in e.states(0).astype(np.float32)] for e in some],
         "start_brightness": {camera: [round(min(of), 1), round(max(of), 1)] for camera, of in levels.items()},
         "recorded_shapes": {c: sorted({tuple(e.source_shape[c]) for e in train}) for c in train[0].source_shape},
     }

@@ -98,9 +98,10 @@ class Origin:
             if shapes.get(camera, shape) != shape
         ]
         if self.their_reference_rad is not None and bags.wrap_angles:
-            ours = np.concatenate([episode.state for episode in train])
-            theirs = wrap_to_pi(ours, np.array(self.their_reference_rad))
-            turned = np.mean(np.abs(theirs - ours) > np.pi, axis=0)
+            around, turned = np.array(self.their_reference_rad), np.zeros(len(bags.state_names))
+            for ours in (episode.state for episode in train):
+                turned += (np.abs(wrap_to_pi(ours, around) - ours) > np.pi).sum(axis=0)
+            turned /= sum(len(episode.time_ns) for episode in train)
             notes += [
                 f"training.init_from: {bags.state_names[j]} is a whole turn from where that policy saw it in "
                 f"{turned[j]:.1%} of the frames: angles are wrapped around the middle of the new data "

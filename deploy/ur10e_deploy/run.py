@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if settings.replan_frames > runner.chunk_size:
         raise PolicyError(f"--replan {settings.replan_frames}: expected at most {runner.chunk_size} (chunk_size)")
-    robot = open_robot(args.robot, robot_options(args, contract, ArmContract(contract).others))
+    others = ArmContract(contract).others
+    robot = open_robot(args.robot, robot_options(args, contract, others))
     lock_step = robot.clock.lock_step
     if args.latency_ms and not lock_step:
         raise PolicyError("--latency-ms: is for lock step; in real time the policy takes what it takes")
@@ -99,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
         recorder = None
         if args.bag:
             begin_ns = time.time_ns() - round(robot.clock.now_s() * 1e9)
-            others = ArmContract(contract).others
             recorder = BagRecorder(args.output / "bag", contract, others, begin_ns, not lock_step, commanding)
             loop.record(recorder)
         before = signal.signal(signal.SIGINT, lambda *_: _interrupt(loop))

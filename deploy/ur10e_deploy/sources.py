@@ -193,11 +193,11 @@ class BagSource:
         """
         episode = self._load(index)
         count = len(episode.time_ns)
-        action = episode.action.copy()
+        action = episode.action
         action[episode.action_stop == np.arange(count)] = np.nan
         segment = np.repeat(np.arange(len(episode.segments)), np.diff(episode.segments, axis=1)[:, 0])
         timestamp_s = (episode.time_ns - episode.time_ns[0]) / 1e9
-        return EpisodeData(index, episode.name, timestamp_s, episode.state.copy(), action, segment)
+        return EpisodeData(index, episode.name, timestamp_s, episode.state, action, segment)
 
     def frames(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
         """Frames start <= i < stop (None: to the end) in order, copied out of the cache or read in the bag.

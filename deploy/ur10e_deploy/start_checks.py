@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rosbag_dataset import wrap_to_pi
+from rosbag_dataset import BLACK_BELOW, WHITE_ABOVE, wrap_to_pi
 
 from .config import PolicyError, RobotContract
 from .robot import Picture, Robot
@@ -20,7 +20,6 @@ LOOK_S = 1.0  # how long the robot is looked at
 # Beyond how far training's own starts lie from each other: a centimetre or two at the UR10e's reach.
 START_TOLERANCE_RAD = 0.1
 DARKER, BRIGHTER = 0.6, 1.6  # times the darkest and the brightest picture that an episode of training began with
-BLACK_BELOW, WHITE_ABOVE = 16, 239  # as rosbag_dataset.faults: no pixel is brighter, or none darker
 RATE_SHARE = 0.8  # of the policy's fps, that a camera must send
 
 
