@@ -2,7 +2,8 @@
 
     git clone --branch 6.3.1 https://github.com/NVIDIA/OSMO ../OSMO
     uv venv --python 3.13 ../osmo-venv
-    uv pip install --python ../osmo-venv/bin/python -r ../OSMO/src/requirements.txt
+    uv pip install --python ../osmo-venv/bin/python -r ../OSMO/src/requirements.txt \
+        rosbags opencv-python-headless tqdm
     ../osmo-venv/bin/python -m tests.real_osmo ../OSMO              # this checkout
     ../osmo-venv/bin/python -m tests.real_osmo ../OSMO CHECKOUT     # another checkout of this project
 
@@ -40,7 +41,8 @@ from typing import Any
 
 import yaml
 
-from tests.osmo_spec import SpecError, check, osmo_commands, place, readme_commands, submit, tasks
+if __name__ != "__mp_main__":  # OSMO's processes for templates start from this file, and have little memory
+    from tests.osmo_spec import SpecError, check, osmo_commands, place, readme_commands, submit, tasks
 
 STORAGE, S3 = "storage_url=azure://account/container/prefix", "storage_url=s3://bucket/prefix"
 IMAGE = "image=192.168.1.100:5000/ur10e-act-train:1"

@@ -10,6 +10,8 @@ import copy
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -766,3 +768,10 @@ def test_the_readme_names_every_variant_and_setting():
     for words in readme_commands():
         if words[:2] == ["docker", "build"]:
             assert (ROOT / words[words.index("-f") + 1]).is_file() and words[-1] == "."
+
+
+def test_the_check_against_real_osmo_leaves_its_processes_light():
+    """OSMO renders in a spawned process, which starts from the script's file, and has little memory for numpy."""
+    code = "import runpy, sys; runpy.run_path('tests/real_osmo.py', run_name='__mp_main__'); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "'yaml'" in done.stdout and "'numpy'" not in done.stdout, done.stderr
