@@ -128,7 +128,7 @@ class Renderer:
         start, end, radius, colours, lids = _arm_cylinders(link_frames(q_rad))
         circles = _cylinder_circles(start, end, radius, self._light, self._camera_m)  # (N, layers, 2 ends, points, 3)
 
-        image = self._shade_table([*circles[:, 0].reshape(len(circles), -1, 3), self._block_corners])
+        image = self._shade_table([circles[:, 0].reshape(len(circles), -1, 3), self._block_corners[None]])
 
         pixels = self._canvas.project(circles)
         middles = np.vstack([(start + end) / 2, self._block_corners.mean(axis=0)])
@@ -143,8 +143,9 @@ class Renderer:
         return cv2.resize(image, (self.camera.width, self.camera.height), interpolation=cv2.INTER_AREA)
 
     def _draw_cylinder(self, image, pixels, start, end, rgb, lid):
-        for layer, brightness in zip(pixels, LAYER_BRIGHTNESS, strict=True):
-            self._fill(image, cv2.convexHull(layer.reshape(-1, 2).astype(np.float32)), rgb, brightness)
+        layers = pixels.reshape(len(pixels), -1, 2).astype(np.float32)
+        for layer, brightness in zip(layers, LAYER_BRIGHTNESS, strict=True):
+            self._fill(image, cv2.convexHull(layer), rgb, brightness)
         axis = _unit(end - start)
         for circle, centre, normal in ((pixels[0, 0], start, -axis), (pixels[0, 1], end, axis)):
             if lid is not None and normal @ (self._camera_m - centre) > 0:
@@ -179,16 +180,22 @@ class Renderer:
         return image, mask
 
     def _shade_table(self, solids):
-        """The background with the soft shadow that convex `solids` (points, 3) cast on the table."""
+        """The background with the soft shadow that convex `solids` (each (N, points, 3) m) cast on the table."""
         height, width = self._canvas.height, self._canvas.width
         shadow = np.zeros((height, width), np.uint8)
         for points in solids:
-            on_table = points - points[:, 2:] / self._light[2] * self._light
-            hull = cv2.convexHull(self._canvas.project(on_table).astype(np.float32))
-            cv2.fillConvexPoly(shadow, _fixed(hull), 110, cv2.LINE_AA, SUBPIXEL_BITS)
+            on_table = points - points[..., 2:] / self._light[2] * self._light
+            for pixels in self._canvas.project(on_table).astype(np.float32):
+                cv2.fillConvexPoly(shadow, _fixed(cv2.convexHull(pixels)), 110, cv2.LINE_AA, SUBPIXEL_BITS)
         softness = max(3, width // 50) | 1
         shadow = cv2.bitwise_and(cv2.blur(shadow, (softness, softness)), self._table_mask)
-        return cv2.multiply(self._background, cv2.cvtColor(255 - shadow, cv2.COLOR_GRAY2RGB), scale=1 / 255)
+        image = self._background.copy()
+        x, y, w, h = cv2.boundingRect(shadow)  # elsewhere nothing darkens it
+        part = image[y : y + h, x : x + w]
+        image[y : y + h, x : x + w] = cv2.multiply(
+            part, cv2.cvtColor(255 - shadow[y : y + h, x : x + w], cv2.COLOR_GRAY2RGB), scale=1 / 255
+        )
+        return image
 
     def _fill(self, image, pixels, rgb, shade):
         colour = [min(255.0, v * shade * self.scene.brightness) for v in rgb]
