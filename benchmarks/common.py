@@ -318,8 +318,10 @@ def log_freq(steps: int) -> int:
     return max(n for n in range(1, max(1, steps // 10) + 1) if steps % n == 0)
 
 
-def train_ours(options: argparse.Namespace, folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
-    """Run train.py in a process of its own until its line for the last step is in metrics.jsonl.
+def train_ours(
+    options: argparse.Namespace, folder: Path, steps: int, ranks: int = 1, **settings: Any
+) -> dict[str, Any]:
+    """Run train.py in a process of its own (`ranks` of them, by torchrun) until metrics.jsonl has its last step.
 
     Returns:
         {"to_last_step_s": from launch to that line, "samples_per_s" and "data_wait_fraction": over all steps but those
@@ -330,7 +332,8 @@ def train_ours(options: argparse.Namespace, folder: Path, steps: int, **settings
         options, training__output_dir=folder.absolute(), training__steps=steps, training__log_freq=log_freq(steps),
         training__save_freq=steps, **settings,
     )  # fmt: skip
-    command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'config.yaml'}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, ROOT / "train.py", f"--config={ROOT / 'config.yaml'}"]
     command += [f"--override={text}" for text in texts]
     metrics = Lines(folder / "metrics.jsonl")
 
@@ -447,6 +450,17 @@ class Report:
         ]
         text.insert(1, "-" * max(map(len, text)))
         return "\n".join([line.rstrip() for line in text] + [f"  {note}" for note in self.notes])
+
+    def markdown(self) -> str:
+        """The rows and notes for a page: what, the median with its range, the target."""
+        lines = ["| | value | target |", "|---|---|---|"]
+        for row in self.rows:
+            value = f"{number(row['value'])} {row['unit']}".rstrip()
+            if len(row["rounds"]) > 1:
+                value += f" ({number(row['low'])} .. {number(row['high'])})"
+            target = f"{row['target']}: {'met' if row['met'] else '**missed**'}" if "target" in row else ""
+            lines.append(f"| {row['what']} | {value} | {target} |")
+        return "\n".join([*lines, "", *self.notes]) + "\n"
 
     def finish(self, options: argparse.Namespace) -> None:
         """Print the table and write OUT/<stage>.json."""

@@ -529,6 +529,19 @@ def memory_bytes(pids: Sequence[int]) -> dict[str, int]:
 def inference(options: argparse.Namespace) -> None:
     """From one raw observation to a chunk of actions on the host: batch 1, as on the robot."""
     report = Report("inference")
+    took_ms, device = inference_times_ms(options)
+    for percent in (50, 99):
+        report.row(f"p{percent}", [float(np.percentile(times, percent)) for times in took_ms], "ms")
+    report.row("rate", [1e3 / statistics.median(times) for times in took_ms], "chunks/s")
+    report.note(
+        f"{options.rounds} rounds of {options.steps} inferences on {device}; normalisation, network, actions in "
+        f"the robot's units, copied to the host; {options.height}x{options.width}."
+    )
+    report.finish(options)
+
+
+def inference_times_ms(options: argparse.Namespace) -> tuple[list[list[float]], torch.device]:
+    """(ms of --steps inferences, --rounds times; on which device): raw observation there to actions on the host."""
     cfg = common.config(options)
     world = train.detect_ddp()
     train.join_ddp(world, cfg.training.device)
@@ -542,14 +555,7 @@ def inference(options: argparse.Namespace) -> None:
         for _ in range(options.rounds)
     ]
     shutil.rmtree(options.out / "inference")
-    for percent in (50, 99):
-        report.row(f"p{percent}", [float(np.percentile(times, percent)) for times in took_ms], "ms")
-    report.row("rate", [1e3 / statistics.median(times) for times in took_ms], "chunks/s")
-    report.note(
-        f"{options.rounds} rounds of {options.steps} inferences on {world.device}; normalisation, network, actions in "
-        f"the robot's units, copied to the host; {options.height}x{options.width}."
-    )
-    report.finish(options)
+    return took_ms, world.device
 
 
 # -- the command --------------------------------------------------------------------------------------------------

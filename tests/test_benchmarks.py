@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 import train
-from benchmarks import common, decode_once, frames_in_place, int8, run, versus_lerobot
+from benchmarks import common, decode_once, frames_in_place, gpu, int8, run, versus_lerobot
 from rosbag_dataset import load_episodes
 from tests import tiny
 from tests.lerobot_044 import launch
@@ -89,6 +89,28 @@ def test_frames_in_place(tmp_path: Path) -> None:
     content = results(tmp_path, "frames_in_place")
     assert value(content, "jpeg: pixels written, bags") == 0 < value(content, "jpeg: pixels written, cache")
     assert targets(content) == {"jpeg: speed of training, bags to cache", "jpeg: the same by CPU time"}
+
+
+def test_gpu_on_a_cpu(tmp_path: Path, sample_bags: Path) -> None:
+    """Every part but LeRobot's runs to its end without a GPU, two ranks included, and gives one file and one table."""
+    sizes = ["--run-steps=4", "--largest-batch=4", "--ranks=2", "--peak-tflops=1", "--compile", "false"]
+    assert gpu.main(arguments(tmp_path, f"--bags={sample_bags}", *sizes)) == 0
+    content = results(tmp_path, "gpu")
+    assert value(content, "fp32, compile false: operations launched by a step") > 500
+    assert value(content, "fp32, compile false: of them casts") < 50, "bf16 casts, fp32 does not"
+    rows = {row["what"] for row in content["rows"]}
+    assert {
+        "batch 2: speed", "batch 4: speed", "feeding, pixels: a batch", "train.py", "torchrun, 2 ranks, batch 2 each",
+        "inference, batch 1: p50",
+    } <= rows and "batch 8: speed" not in rows  # fmt: skip
+    assert len((tmp_path / "gpu.md").read_text().splitlines()) == 2 + len(rows) + 1 + len(content["notes"])
+
+
+def test_gpu_without_time(tmp_path: Path, sample_bags: Path) -> None:
+    """A part for which the time is over is named."""
+    assert gpu.main(arguments(tmp_path, f"--bags={sample_bags}", "--budget-s=0")) == 0
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["rows"] == [] and "steps, whole_run, batches" in content["notes"][0]
 
 
 def test_train_stage(tmp_path: Path, sample_bags: Path) -> None:
