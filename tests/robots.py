@@ -110,7 +110,7 @@ class RtdeArm:
     """sim.rtde_arm in a process and at an address of its own, with the scene of make_loop(); it ends with this one.
 
     with RtdeArm(folder, "--fault", "protective stop") as arm:
-        loop, robot = make_rtde_loop(arm, seconds=4)
+        loop, robot = make_rtde_loop(arm)
     arm.events, arm.received, arm.path_rad      # afterwards, from its own log
     """
 
@@ -158,18 +158,26 @@ class RtdeArm:
 
 
 def make_rtde_loop(
-    arm: RtdeArm,
-    seconds: float,
-    spoil: Callable[[int, np.ndarray], np.ndarray] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    ages: AgeLimits = BUSY_AGES,
-    **settings: Any,
-) -> tuple[ControlLoop, Robot]:
-    """A loop in real time over `--robot rtde`; what a busy machine makes late stops nothing."""
-    how = ControlSettings(fps=FPS, duration_s=seconds, **BUSY | {"command_hz": HZ, "speed_fraction": 1.0} | settings)
+    arm: RtdeArm, extra: Mapping[str, Any] | None = None, **settings: Any
+) -> tuple[ControlLoop, Robot]:  # fmt: skip
+    """A loop in real time over `--robot rtde`, until the expert rests: "it is there".
+
+    What a busy machine makes late stops nothing: its periods are missed, and the arm is slower.
+    """
+    how = ControlSettings(fps=FPS, duration_s=90, **BUSY | {"command_hz": HZ, "speed_fraction": 1.0} | settings)
     said = {"host": arm.host, "camera": [f"color={arm.camera}"], "watchdog_hz": 1.0, "lost_s": 5.0} | dict(extra or {})
     robot = open_robot("rtde", RobotOptions(how.command_hz, True, {"color": (32, 48)}, (), said))
-    world = World(11, 0, 32, 48)
-    thinker = Thinker(ExpertPolicy(contract(), world, spoil), False)  # ty: ignore[invalid-argument-type]
-    watchdog = Watchdog(ages, ("color",))
-    return ControlLoop(robot, thinker, default_limits(), how, watchdog, Playback("cross-fade")), robot
+    resting = []
+
+    def until_it_rests(number: int, chunk: np.ndarray) -> np.ndarray:
+        if np.ptp(chunk, axis=0).max() < 1e-3:
+            resting.append(number)
+        if len(resting) == 3:
+            loop.stop("it is there")
+        return chunk
+
+    expert = ExpertPolicy(contract(), World(11, 0, 32, 48), until_it_rests)
+    thinker = Thinker(expert, False)  # ty: ignore[invalid-argument-type]
+    watchdog = Watchdog(BUSY_AGES, ("color",))
+    loop = ControlLoop(robot, thinker, default_limits(), how, watchdog, Playback("cross-fade"))
+    return loop, robot

@@ -313,7 +313,7 @@ def rtde(args: argparse.Namespace) -> bool:
 
 
 def _rtde_loop(arm: RtdeArm) -> tuple[ControlLoop, Robot]:
-    loop, robot = make_rtde_loop(arm, 20, extra={"watchdog_hz": WATCHDOG_HZ, "lost_s": LOST_S}, command_hz=HZ)
+    loop, robot = make_rtde_loop(arm, {"watchdog_hz": WATCHDOG_HZ, "lost_s": LOST_S}, command_hz=HZ)
     loop.run()
     return loop, robot
 
