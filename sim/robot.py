@@ -5,7 +5,7 @@ the world moves on in clock.wait_until() alone. In real time it keeps up with th
 leaves the arm where the last one sent it.
 
 After halt(), and in a protective or emergency stop, the arm brakes by itself and follows nothing. Nothing here was
-measured on a UR10e: BRAKING_RAD_S2 is a choice.
+measured on a UR10e: BRAKING_RAD_S2 (world.py) is a choice.
 
 Knows: worlds, the interface of ur10e_deploy.robot.
 Must not know: policies, the control loop.
@@ -19,11 +19,10 @@ import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.robot import JointReading, Picture, RobotOptions, Status
 
-from sim.world import CONTROL_HZ, World
+from sim.world import BRAKING_RAD_S2, CONTROL_HZ, World
 from ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 JOINT_HZ, CAMERA_HZ = 125.0, CONTROL_HZ  # JOINT_HZ as in sim.record
-BRAKING_RAD_S2 = 10.0
 CAMERA = "camera"  # kinds of Fault
 JOINTS, HELD, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED = (
     "joints", "held", "protective stop", "emergency stop", "program", "controller", "speed scaling",

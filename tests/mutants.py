@@ -58,6 +58,7 @@ SUMMARY = "test_train.py::test_the_summary_errors_are_those_of_the_saved_checkpo
 MODES = "test_deploy_policy.py::test_modes_are_lerobots_select_action"
 STREAM = "test_limiter.py::test_a_stream_within_the_limits_is_passed_on_bit_by_bit"
 SILENT = "test_control.py::test_what_falls_silent_stops_the_arm_within_its_limits[camera dies]"
+RTDE_FAULT = "test_rtde_robot.py::test_a_fault_while_it_moves_halts_the_arm_for_good"
 STOPPED = "test_control.py::test_a_robot_that_stops_by_itself_is_never_moved_again[protective stop]"
 PERCENTILES = "test_deploy_policy.py::test_percentiles_are_observed_values"
 SCORES = "test_run_dir.py::test_a_checkpoint_that_was_never_written_is_not_the_best"
@@ -728,6 +729,25 @@ MUTANTS = [
     Mutant("robot: a frozen camera will do", "deploy/ur10e_deploy/start_checks.py",
            "(noisy and np.array_equal(rgb, first[camera].rgb))", "False",
            "test_start_checks.py::test_a_frozen_camera_is_refused"),
+    Mutant("robot: a paused program is left on the controller", "deploy/ur10e_deploy/rtde_robot.py",
+           "            dashboard.stop()\n", "", f"{RTDE_FAULT}[protective stop]"),
+    Mutant("robot: the pendant's slider is not looked at", "deploy/ur10e_deploy/rtde_robot.py",
+           "receive.getSpeedScaling() * receive.getTargetSpeedFraction()", "receive.getSpeedScaling()",
+           f"{RTDE_FAULT}[speed scaling]"),
+    Mutant("robot: a connection that was closed is not noticed", "deploy/ur10e_deploy/rtde_robot.py",
+           "if not receive.isConnected() or (", "if False and (", f"{RTDE_FAULT}[connection]"),
+    Mutant("robot: nothing ends the program of a killed runner", "deploy/ur10e_deploy/rtde_robot.py",
+           "            if not self._watched:", "            if False:",
+           "test_rtde_robot.py::test_a_killed_runner_leaves_an_arm_that_stands_and_no_program"),
+    Mutant("robot: a dry run takes the arm from a person's program", "deploy/ur10e_deploy/rtde_robot.py",
+           "if commanding else None", "if True else None",
+           "test_rtde_robot.py::test_a_dry_run_uploads_no_program_and_what_is_wrong_is_one_line"),
+    Mutant("robot: red and blue are swapped", "deploy/ur10e_deploy/cameras.py",
+           "cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)", "bgr",
+           "test_rtde_robot.py::test_a_camera_that_ends_is_opened_again"),
+    Mutant("robot: a camera that fails is given up", "deploy/ur10e_deploy/cameras.py",
+           "                capture = _open(source, shape)\n", "                return\n",
+           "test_rtde_robot.py::test_a_camera_that_ends_is_opened_again"),
     # On OSMO.
     Mutant("osmo: file cache counts as memory in use", "osmo/heartbeat.py", "0) - cache", "0)",
            f"{ATTEMPTS}[full of file cache]"),

@@ -6,7 +6,12 @@ loop.run()
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +19,20 @@ from ur10e_deploy.config import PolicyError, RobotContract
 from ur10e_deploy.control import ControlLoop, ControlSettings
 from ur10e_deploy.limits import default_limits
 from ur10e_deploy.playback import Playback
+from ur10e_deploy.robot import Robot, RobotOptions, open_robot
 from ur10e_deploy.thinking import Thinker
 from ur10e_deploy.watchdog import AgeLimits, Watchdog
 
 from sim.robot import SimRobot
 from sim.world import World
+from tests.checks import ROOT
 from ur10e import JOINT_NAMES
 
 FPS, CHUNK = 30.0, 40
 SIGNS = (-1.0, 1.0, 1.0, 1.0, 1.0, -1.0)  # of contract(): the last is the pan joint's, which moves most
 HZ = 125.0  # of commands: the slowest, and so the cheapest
+# In real time, on a machine that does other things, too: late is not wrong.
+BUSY_AGES, BUSY = AgeLimits(5.0, 5.0), {"max_gap_s": 1e9, "recover_s": 20.0}
 
 
 def contract(action_mode: str = "absolute", others: Sequence[str] = (), **changes: Any) -> RobotContract:
@@ -95,3 +104,80 @@ def make_loop(
     thinker = Thinker(ExpertPolicy(contract, world, spoil), True, latency_s)  # ty: ignore[invalid-argument-type]
     watchdog = Watchdog(AgeLimits(), contract.cameras)
     return ControlLoop(robot, thinker, default_limits(), how, watchdog, Playback(seam)), robot
+
+
+class RtdeArm:
+    """sim.rtde_arm in a process and at an address of its own, with the scene of make_loop(); it ends with this one.
+
+    with RtdeArm(folder, "--fault", "protective stop") as arm:
+        loop, robot = make_rtde_loop(arm)
+    arm.events, arm.received, arm.path_rad      # afterwards, from its own log
+    """
+
+    _count = itertools.count(2)
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.host = f"127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}.{next(self._count)}"
+        self._log = folder / f"{self.host}.npz"
+        command = [sys.executable, "-m", "sim.rtde_arm", "--host", self.host, "--until-eof", "--log", str(self._log)]
+        scene = ["--seed", "11", "--episode", "0", "--height", "32", "--width", "48"]
+        self._process = subprocess.Popen(
+            [*command, *scene, *options], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.wait_for("ready")
+
+    @property
+    def camera(self) -> str:
+        return f"http://{self.host}:8080/"
+
+    def wait_for(self, text: str) -> None:
+        """Until it said so."""
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if text in line:
+                return
+        raise AssertionError(f"sim.rtde_arm ended and never said {text!r}")
+
+    def __enter__(self) -> RtdeArm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=60)  # closes its standard input
+        with np.load(self._log) as log:
+            self.events = dict(zip(log["event"].tolist(), log["event_s"].tolist(), strict=True))
+            self.received, self.path_rad = log["received"], log["path_rad"]
+
+    @property
+    def targets_rad(self) -> np.ndarray:
+        """(N, 6) every servoJ's, in the order in which they came."""
+        return self.received[:, 1:7]
+
+    def moving(self) -> np.ndarray:
+        """(N,) rad/s of the fastest joint, every 2 ms."""
+        return np.abs(np.diff(self.path_rad, axis=0)).max(axis=1) * 500
+
+
+def make_rtde_loop(
+    arm: RtdeArm, extra: Mapping[str, Any] | None = None, **settings: Any
+) -> tuple[ControlLoop, Robot]:  # fmt: skip
+    """A loop in real time over `--robot rtde`, until the expert rests: "it is there".
+
+    What a busy machine makes late stops nothing: its periods are missed, and the arm is slower.
+    """
+    how = ControlSettings(fps=FPS, duration_s=90, **BUSY | {"command_hz": HZ, "speed_fraction": 1.0} | settings)
+    said = {"host": arm.host, "camera": [f"color={arm.camera}"], "watchdog_hz": 1.0, "lost_s": 5.0} | dict(extra or {})
+    robot = open_robot("rtde", RobotOptions(how.command_hz, True, {"color": (32, 48)}, (), said))
+    resting = []
+
+    def until_it_rests(number: int, chunk: np.ndarray) -> np.ndarray:
+        if np.ptp(chunk, axis=0).max() < 1e-3:
+            resting.append(number)
+        if len(resting) == 3:
+            loop.stop("it is there")
+        return chunk
+
+    expert = ExpertPolicy(contract(), World(11, 0, 32, 48), until_it_rests)
+    thinker = Thinker(expert, False)  # ty: ignore[invalid-argument-type]
+    watchdog = Watchdog(BUSY_AGES, ("color",))
+    loop = ControlLoop(robot, thinker, default_limits(), how, watchdog, Playback("cross-fade"))
+    return loop, robot

@@ -5,15 +5,18 @@
     python -m tests.soak_robot hostile --seconds 1000
     python -m tests.soak_robot seams --checkpoint outputs/demo --scenes 10
     python -m tests.soak_robot jitter --checkpoint outputs/demo --seconds 30
+    python -m tests.soak_robot rtde
 
-Prints Markdown. All in lock step but `jitter`. Exit code 1 when what must hold does not: a command beyond a limit, a
-fault that does not end as it should, success more than 5 points from sim.rollout's.
+Prints Markdown. All in lock step but `jitter` and `rtde`. Exit code 1 when what must hold does not: a command beyond a
+limit, a fault that does not end as it should, success more than 5 points from sim.rollout's.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,14 +29,17 @@ from ur10e_deploy.control import HALTED, HOLDING, ControlLoop, ControlSettings
 from ur10e_deploy.limits import Limits, default_limits
 from ur10e_deploy.playback import Playback
 from ur10e_deploy.policy_runner import PolicyRunner
+from ur10e_deploy.robot import Robot
+from ur10e_deploy.rtde_robot import LOST_S, WATCHDOG_HZ
 from ur10e_deploy.run_report import differences, percentiles_ms
 from ur10e_deploy.thinking import Thinker
 from ur10e_deploy.watchdog import AgeLimits, Watchdog
 
 from sim.closed_loop import PolicyDriver, roll_out
-from sim.robot import BRAKING_RAD_S2, CAMERA, JOINTS, PROTECTIVE, Fault, SimRobot
-from sim.world import TIMEOUT_S, World
-from tests.robots import CHUNK, contract, make_loop
+from sim.robot import CAMERA, JOINTS, PROGRAM, PROTECTIVE, SLOWED, Fault, SimRobot
+from sim.rtde_arm import LOST, WATCHED
+from sim.world import BRAKING_RAD_S2, TIMEOUT_S, World
+from tests.robots import CHUNK, RtdeArm, contract, make_loop, make_rtde_loop
 
 SEED, HZ = 1000, 250.0
 POINTS = 5.0  # of success, that the runner may differ from sim.rollout
@@ -273,6 +279,45 @@ def jitter(args: argparse.Namespace) -> bool:
     return True
 
 
+def rtde(args: argparse.Namespace) -> bool:
+    """`--robot rtde`, with its defaults, against sim.rtde_arm: what the arm did, from the controller's own log."""
+    fine = True
+    head("While it moves", "Speed then, rad/s", "Last command after, s", "Stands after, s",
+         "Peak deceleration, rad/s², over 20 ms", "Ends", "On the controller")  # fmt: skip
+    for fault in (PROTECTIVE, SLOWED, PROGRAM, LOST, WATCHED):
+        with tempfile.TemporaryDirectory() as folder, RtdeArm(Path(folder), "--fault", fault, "--lasts-s", "2") as arm:
+            if fault == WATCHED:
+                runner = multiprocessing.get_context("fork").Process(target=_rtde_loop, args=(arm,))
+                runner.start()
+                arm.wait_for("fault")
+                runner.kill()
+                runner.join()
+                ended = "SIGKILL"
+            else:
+                loop, robot = _rtde_loop(arm)
+                ended = loop.ended
+                robot.close()
+            if fault != LOST:
+                arm.wait_for("released")
+            time.sleep(0.5)
+        at_s, last_s = arm.events[f"fault: {fault}"], arm.received[-1, 0]
+        at, speed = round(at_s * 500), np.diff(arm.path_rad, axis=0) * 500
+        rest = at + int(np.argmax(~(np.abs(speed[at:]) > 1e-3).any(axis=1)))
+        braking = np.abs(speed[at + 10 : rest + 10] - speed[at:rest]).max() / 0.02
+        done = [text for text, event_s in arm.events.items() if event_s >= at_s and text != f"fault: {fault}"]
+        fine &= not broken(np.concatenate([arm.path_rad[:1], arm.targets_rad]), HZ, default_limits())
+        fine &= not np.abs(speed[-5:]).any() and "somebody pressed play" not in done
+        row({WATCHED: "the runner is killed"}.get(fault, fault), f"{np.abs(speed[at]).max():.2f}",
+            f"{last_s - at_s:.3f}", f"{(rest - at) / 500:.3f}", f"{braking:.1f}", ended, "; ".join(done))  # fmt: skip
+    return fine
+
+
+def _rtde_loop(arm: RtdeArm) -> tuple[ControlLoop, Robot]:
+    loop, robot = make_rtde_loop(arm, {"watchdog_hz": WATCHDOG_HZ, "lost_s": LOST_S}, command_hz=HZ)
+    loop.run()
+    return loop, robot
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak_robot", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -282,12 +327,15 @@ def main() -> int:
         commands.choices[name].add_argument("--scenes", type=int, default=scenes)
     commands.choices["success"].add_argument("--latency", action="store_true", help="also with 200 ms of latency")
     commands.add_parser("faults")
+    commands.add_parser("rtde")
     commands.add_parser("hostile").add_argument("--command-hz", type=float, default=125.0)
     for name, seconds in (("hostile", 1000.0), ("jitter", 30.0)):
         commands.choices[name].add_argument("--seconds", type=float, default=seconds)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = {"success": success, "faults": faults, "hostile": hostile, "seams": seams, "jitter": jitter}[args.command]
+    run = {
+        "success": success, "faults": faults, "hostile": hostile, "seams": seams, "jitter": jitter, "rtde": rtde,
+    }[args.command]  # fmt: skip
     return 0 if run(args) else 1
 
 

@@ -154,7 +154,7 @@ def test_what_is_run_by_hand_imports_what_exists(path: Path):
             assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
-@pytest.mark.parametrize("module", ["rosbag_dataset", "sim.record", "sim.world", "sweep"])
+@pytest.mark.parametrize("module", ["rosbag_dataset", "sim.record", "sim.rtde_arm", "sim.world", "sweep"])
 def test_what_is_no_policy_loads_no_torch(module: str):
     """Not by way of some library, either: bags are read and recorded, the cell is simulated, and commands are run,
     without any."""

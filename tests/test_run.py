@@ -115,6 +115,7 @@ WRONG = {
     "replan": (["--replan", "9"], "--replan 9: expected at most 8 (chunk_size)"),
     "latency": (["--real-time", "--latency-ms", "9"], "--latency-ms: is for lock step"),
     "limits": (["--limits", "no.yaml"], "--limits no.yaml: cannot be read"),
+    "of another": (["--servo-gain", "500"], "--servo-gain: is of --robot rtde, not of sim"),
 }
 
 

@@ -52,6 +52,10 @@ from .watchdog import CAMERA_AGE_S, JOINTS_AGE_S, AgeLimits, Watchdog
 MIN_COMMAND_HZ, MAX_COMMAND_HZ = 125.0, 500.0  # 500 is a UR10e's own rate
 EXIT_STOPPED = EXIT_GATE
 DEFAULTS = ControlSettings(fps=30.0)
+OPTIONS_OF = {  # robot -> the options that it alone has
+    "sim": ("real_time", "latency_ms", "seed", "episode"),
+    "rtde": ("host", "camera", "servo_lookahead_s", "servo_gain"),
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,6 +141,8 @@ def robot_options(args: argparse.Namespace, contract: Any, others: tuple[str, ..
         for camera, shape in contract.cameras.items()
     }
     extra = {"seed": args.seed, "episode": args.episode, "person": args.shadow}
+    extra |= {name: getattr(args, name) for name in OPTIONS_OF["rtde"]}
+    extra["commanding"] = not (args.dry_run or args.shadow)
     return RobotOptions(args.command_hz, args.real_time, cameras, tuple(contract.state_topics) or others, extra)
 
 
@@ -179,6 +185,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not low <= value <= high:
             expected = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
             raise EvalError(f"{option} is {value:g}; expected {expected}")
+    for robot, names in OPTIONS_OF.items():
+        for name in names:
+            if robot != args.robot and getattr(args, name) != parser().get_default(name):
+                raise EvalError(f"--{name.replace('_', '-')}: is of --robot {robot}, not of {args.robot}")
     if args.dry_run and args.shadow:
         raise EvalError("--dry-run --shadow: expected one of them; --shadow commands nothing, either")
 
@@ -246,6 +256,13 @@ def parser() -> argparse.ArgumentParser:
     )
     sim.add_argument("--seed", type=int, default=1000, help="of the scenes (default: 1000)")
     sim.add_argument("--episode", type=int, default=0, help="which scene (default: 0)")
+    rtde = p.add_argument_group("of --robot rtde (its defaults, with their sources: rtde_robot.py)")
+    rtde.add_argument("--host", metavar="ADDRESS", help="of the robot")
+    rtde.add_argument(
+        "--camera", action="append", metavar="NAME=SOURCE", help="a device or a stream's address, for each camera"
+    )
+    rtde.add_argument("--servo-lookahead-s", type=float, metavar="S", help="of servoJ: 0.03 to 0.2")
+    rtde.add_argument("--servo-gain", type=float, metavar="X", help="of servoJ: 100 to 2000")
     return p
 
 
