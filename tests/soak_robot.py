@@ -31,7 +31,8 @@ from ur10e_deploy.thinking import Thinker
 from ur10e_deploy.watchdog import AgeLimits, Watchdog
 
 from sim.closed_loop import PolicyDriver, roll_out
-from sim.robot import BRAKING_RAD_S2, CAMERA, JOINTS, PROTECTIVE, Fault, SimRobot
+from sim.faults import BRAKING_RAD_S2, CAMERA, JOINTS, PROTECTIVE, Fault
+from sim.robot import SimRobot
 from sim.world import TIMEOUT_S, World
 from tests.robots import CHUNK, contract, make_loop
 

@@ -29,7 +29,7 @@ import numpy as np
 from .config import PolicyError
 
 # name -> module with open_robot(RobotOptions) -> Robot. tests/test_imports.py holds that this is the only way up.
-ROBOTS = {"sim": "sim.robot"}
+ROBOTS = {"sim": "sim.robot", "ros2": "ur10e_deploy.ros2_robot"}
 FULL_SPEED = 0.99  # speed scaling below this: somebody, or the robot, slowed it down
 
 
@@ -67,6 +67,7 @@ class Status:
         speed_scaling: 1 at full speed; the pendant's slider and the robot's own reductions are in it.
         protective_stop, emergency_stop: the robot stopped.
         program_running: the program on the robot that follows our commands.
+        further: what else forbids to command it, in words.
     """
 
     controller_active: bool = True
@@ -74,6 +75,7 @@ class Status:
     protective_stop: bool = False
     emergency_stop: bool = False
     program_running: bool = True
+    further: tuple[str, ...] = ()
 
     def troubles(self) -> list[str]:
         """Why the arm must not be commanded, in words; [] when it may be."""
@@ -84,7 +86,7 @@ class Status:
             (not self.controller_active, "the controller that takes commands is not active"),
             (not self.speed_scaling >= FULL_SPEED, f"speed scaling is {self.speed_scaling:.0%}, expected 100 %"),
         ]
-        return [text for is_so, text in found if is_so]
+        return [text for is_so, text in found if is_so] + list(self.further)
 
 
 class Clock(Protocol):
@@ -126,6 +128,14 @@ class Robot(Protocol):
 
     def status(self) -> Status:
         """What the robot says of itself."""
+        ...
+
+    def check(self) -> list[str]:
+        """What a person should know before it moves, above all what is not watched; asked once, while it stands.
+
+        Raises:
+            PolicyError: it must not be moved.
+        """
         ...
 
     def command(self, position_rad: np.ndarray, others: Mapping[str, float]) -> None:

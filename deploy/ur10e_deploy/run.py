@@ -136,7 +136,10 @@ def robot_options(args: argparse.Namespace, contract: Any, others: tuple[str, ..
         camera: next(iter(contract.recorded_shapes.get(camera, ())), shape)
         for camera, shape in contract.cameras.items()
     }
-    extra = {"seed": args.seed, "episode": args.episode, "person": args.shadow}
+    extra = {
+        "seed": args.seed, "episode": args.episode, "person": args.shadow, "contract": contract, "ros2": args.ros2,
+        "commanding": not (args.dry_run or args.shadow),
+    }  # fmt: skip
     return RobotOptions(args.command_hz, args.real_time, cameras, tuple(contract.state_topics) or others, extra)
 
 
@@ -179,6 +182,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not low <= value <= high:
             expected = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
             raise EvalError(f"{option} is {value:g}; expected {expected}")
+    if args.ros2 and args.robot != "ros2":
+        raise EvalError(f"--ros2 {args.ros2}: is for --robot ros2, and --robot is {args.robot}")
     if args.dry_run and args.shadow:
         raise EvalError("--dry-run --shadow: expected one of them; --shadow commands nothing, either")
 
@@ -246,6 +251,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sim.add_argument("--seed", type=int, default=1000, help="of the scenes (default: 1000)")
     sim.add_argument("--episode", type=int, default=0, help="which scene (default: 0)")
+    ros2 = p.add_argument_group("of --robot ros2")
+    ros2.add_argument("--ros2", type=Path, metavar="FILE", help="YAML: controller, topics (ros2_robot.py: Ros2Options)")
     return p
 
 
