@@ -113,7 +113,7 @@ class Ros2Arm:
             (TRAJECTORY, JointTrajectory, "joint_trajectory", self._on_trajectory),
         ):
             controller = rclpy.create_node(name)
-            controller.declare_parameter("joints", list(JOINT_NAMES))
+            controller.declare_parameter("joints", args.joints)
             controller.create_subscription(kind, f"/{name}/{topic}", obey, reliable)
             self.executor.add_node(controller)
         self._begin(0)
@@ -168,7 +168,7 @@ class Ros2Arm:
 
     def _on_array(self, message):
         if len(message.data) == 6:  # else the controller ignores it
-            self._command(np.array(message.data), 0.0)
+            self._command(np.array(message.data)[[self._args.joints.index(name) for name in JOINT_NAMES]], 0.0)
 
     def _on_trajectory(self, message):
         point, names = message.points[0], list(message.joint_names)
@@ -358,6 +358,10 @@ def parser():
     p.add_argument("--hz", type=float, default=HZ, help="of joint states and of the controllers (default: 500)")
     p.add_argument("--delay-s", type=float, default=IMAGE_AGE_S, help=f"of a picture (default: {IMAGE_AGE_S:g})")
     p.add_argument("--lag-s", type=float, default=LAG_S, help=f"of the arm behind its commands (default: {LAG_S:g})")
+    p.add_argument(
+        "--joints", type=lambda text: text.split(","), default=list(JOINT_NAMES), metavar="NAME,...",
+        help="of the controllers, in their order (default: from base to tool)",
+    )  # fmt: skip
     p.add_argument("--lock-step", action="store_true", help="wait for commands")
     p.add_argument(
         "--fault", type=read_fault, action="append", default=[], metavar="SCENE:KIND:FROM[:TO]",

@@ -48,6 +48,7 @@ def environment(domain: int) -> dict[str, str]:
         "AMENT_PREFIX_PATH": str(ROS2),
         "RMW_IMPLEMENTATION": "rmw_fastrtps_cpp",
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4",  # who is killed leaves no shared memory behind
         "ROS_DOMAIN_ID": str(domain),
         "ROS_LOG_DIR": str(ROS2 / "log"),
         "OMP_NUM_THREADS": "1",

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def one_scene(args: argparse.Namespace, scene: int, runner: PolicyRunner | None,
     spoil = spoiled(kinds[str(scene)]) if str(scene) in kinds else None
     policy = runner or ExpertPolicy(contract(), World(args.seed, args.episode + scene, 32, 48), spoil)
     agreed = policy.contract
+    if str(scene) in (older := dict(trained.split(":") for trained in args.by_header)):
+        ages = {camera: {"median": 0.0, "most": float(older[str(scene)])} for camera in agreed.cameras}
+        agreed = replace(agreed, data_settings={"time_source": "header"}, image_age_s=ages)
     extra = {"contract": agreed, "ros2": how, "commanding": True}
     robot = open_robot("ros2", RobotOptions(args.command_hz, True, agreed.cameras, (), extra))
     fps = agreed.fps or FPS
@@ -119,6 +123,7 @@ def main() -> int:
     p.add_argument("--max-gap-s", type=float, default=0.04)
     p.add_argument("--max-age-s", type=float, help="of joint states and pictures, on a machine that is busy")
     p.add_argument("--spoil", action="append", default=[], metavar="SCENE:KIND", help="of the expert: see spoiled()")
+    p.add_argument("--by-header", action="append", default=[], metavar="SCENE:S", help="trained so; images that old")
     p.add_argument("--next-first", action="store_true", help="begin another scene first: after one that was killed")
     p.add_argument("--minutes", type=float, default=1e9, help="begin no further scene after that time")
     args = p.parse_args()

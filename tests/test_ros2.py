@@ -31,6 +31,7 @@ SCENES = {  # what happens in each scene, one after the other
     "joint states away and back": [f"joints:{FAULT_S}:{FAULT_S + 0.5}"],
     "protective stop and release": [f"protective stop:{FAULT_S}:{FAULT_S + 0.3}"],
     "second publisher": [f"joint publisher:{FAULT_S}"],
+    "trained by header stamps": [],
 }
 pytestmark = pytest.mark.xdist_group("ros2")  # one worker runs them: real time, and one domain
 
@@ -57,11 +58,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     """All of SCENES in lock step: what happens does not depend on how busy the machine is."""
     folder = tmp_path_factory.mktemp("ros2")
     faults = [f"{scene}:{fault}" for scene, of in enumerate(SCENES.values()) for fault in of]
-    options = [word for fault in faults for word in ("--fault", fault)]
+    options = ["--joints", ",".join(reversed(JOINT_NAMES)), *(word for fault in faults for word in ("--fault", fault))]
     with Arm(folder, "--lock-step", *SMALL, *options) as arm:
-        runner = start_in_ros2(
-            ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--seconds", "5.5"], arm.domain
-        )
+        by_header = f"{len(SCENES) - 1}:-0.05"  # pictures newer than the joints: these are 0.016 s older
+        program = ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--by-header", by_header]
+        runner = start_in_ros2([*program, "--seconds", "5.5"], arm.domain)
         output, _ = runner.communicate(timeout=280)
         assert runner.returncode == 0, output
         arm.stop()
@@ -71,7 +72,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
 
 @needs_ros2
 def test_the_expert_does_its_task_over_ros_2(scenes: dict[str, Scene]):
-    """Joint states and pictures in, commands out, another process between: touched, and no command lost or doubled."""
+    """Joint states and pictures in, commands out, through a controller with an order of its own: the block is touched,
+    no command is lost or doubled, and what is not watched is said."""
     scene = scenes["nothing"]
     assert scene.said["orderly"] and scene.said["outcome"]["success"], scene.said
     assert scene.said["limited"] == 0
@@ -117,6 +119,14 @@ def test_a_halt_ends_the_robots_program(what: str, scenes: dict[str, Scene]):
     assert not scene.moving()[halted + int(0.25 * hz) :].any()
     assert np.abs(path[-1] - path[halted]).max() < 0.05
     assert_kept(scene.commands, 1 / HZ)
+
+
+@needs_ros2
+def test_pictures_older_than_in_training_are_refused(scenes: dict[str, Scene]):
+    """By header stamps, if training paired by them; before any command."""
+    scene = scenes["trained by header stamps"]
+    said = "camera color: by header stamps its pictures are 0.016 s older than the joint states when they arrive, in"
+    assert said in scene.said["error"] and not len(scene.log["command_rad"])
 
 
 @needs_ros2
