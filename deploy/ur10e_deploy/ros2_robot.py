@@ -225,7 +225,11 @@ class Ros2Robot:
         self._decoding, self._changed = threading.Lock(), threading.Condition()
         self._told: list[float] = []
         self._asked = self._sent = 0
-        self._halted, self._handed_back, self._question = False, None, None
+        self._halted = False
+        self._handed_back: Any = None  # answers that are waited for
+        self._question: Any = None
+        self._publisher: Any = None  # of commands; none where nothing is commanded
+        self._controller_client: Any = None  # none without controller_manager_msgs
         self.clock = LockStepClock(self._move_on) if how.lock_step else WallClock()
 
         self._context = ros.Context()
@@ -395,11 +399,9 @@ class Ros2Robot:
                 node.create_subscription(message_type, topic, self._on_status(topic, "mode"), kept)
         self._hand_back = node.create_client(ros.Trigger, HAND_BACK)
         self._parameters = node.create_client(ros.GetParameters, f"/{how.controller}/get_parameters")
-        self._controller_client = None
         if ros.ListControllers is not None:
             self._controller_client = node.create_client(ros.ListControllers, LIST_CONTROLLERS)
         reliable = ros.QoSProfile(depth=100 if how.lock_step else 10)
-        self._publisher = None
         if self._commanding:
             message_type = ros.JointTrajectory if how.trajectory else ros.Float64MultiArray
             self._publisher = node.create_publisher(message_type, how.command_topic, reliable)
@@ -634,6 +636,7 @@ class Ros2Robot:
         with self._changed:
             if not self._changed.wait_for(there, timeout_s):
                 return False
+            assert isinstance(self.clock, LockStepClock)
             self.clock.time_s = self._told[1]
             for source, arrival_s in zip((JOINTS, *self._camera_topics), self._told[3::2], strict=False):
                 if not math.isnan(arrival_s):
