@@ -7,7 +7,8 @@
 It needs rclpy: a sourced ROS 2, or the wheels that `make .ros2/installed` brings (python -m tests.ros2 COMMAND).
 
     /joint_states                                          sensor_msgs/JointState at 500 Hz, in the driver's order
-    /camera/color/image_raw                                sensor_msgs/Image at 30 Hz, --delay-s after it was taken
+    /camera/color/image_raw                                sensor_msgs/Image at 30 Hz, --delay-s after it was taken;
+                                                           CompressedImage if --camera-topic ends with /compressed
     /forward_position_controller/commands                  obeyed: held until the next one comes, as the driver does
     /joint_trajectory_controller/joint_trajectory          obeyed: on a straight line to the first point, in its time
     /speed_scaling_state_broadcaster/speed_scaling         percent, at 100 Hz; 0 while the robot is stopped
@@ -43,12 +44,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image, JointState
+from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Bool, Float64, Float64MultiArray
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -98,7 +100,9 @@ class Ros2Arm:
         camera = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         publisher, subscribe = self.node.create_publisher, self.node.create_subscription
         self._joint_states = publisher(JointState, JOINT_TOPIC, reliable)
-        self._pictures = publisher(Image, args.camera_topic, reliable if args.lock_step else camera)
+        self._compressed = args.camera_topic.endswith("/compressed")
+        kind = CompressedImage if self._compressed else Image
+        self._pictures = publisher(kind, args.camera_topic, reliable if args.lock_step else camera)
         self._scaling = publisher(Float64, "/speed_scaling_state_broadcaster/speed_scaling", reliable)
         self._program_running = publisher(Bool, "/io_and_status_controller/robot_program_running", kept)
         self.node.create_service(Trigger, "/io_and_status_controller/hand_back_control", self._hand_back)
@@ -263,8 +267,14 @@ class Ros2Arm:
     def _publish_picture(self, world, header_s, number):
         rgb = world.image(at_s=header_s + world.image_age_s)
         rgb[0, 0] = number % 251  # a camera's noise makes every picture another one; the renderer's would not be
-        message = Image(height=rgb.shape[0], width=rgb.shape[1], encoding="rgb8", step=3 * rgb.shape[1])
-        message.data.frombytes(rgb.tobytes())
+        if self._compressed:
+            message, data = (
+                CompressedImage(format="rgb8; jpeg compressed bgr8"),
+                cv2.imencode(".jpg", rgb[..., ::-1])[1],
+            )
+        else:
+            message, data = Image(height=rgb.shape[0], width=rgb.shape[1], encoding="rgb8", step=3 * rgb.shape[1]), rgb
+        message.data.frombytes(data.tobytes())
         self._stamp(message.header, header_s, "camera_color_optical_frame")
         self._pictures.publish(message)
 

@@ -117,6 +117,7 @@ def main() -> int:
     p.add_argument("--checkpoint", type=Path)
     p.add_argument("--lock-step", action="store_true")
     p.add_argument("--controller", default="forward_position_controller")
+    p.add_argument("--camera-topic")
     p.add_argument("--command-hz", type=float, default=125.0)
     p.add_argument("--speed-fraction", type=float, default=1.0)
     p.add_argument("--recover-s", type=float, default=2.0)
@@ -131,7 +132,9 @@ def main() -> int:
     runner = PolicyRunner(args.checkpoint, backend="native") if args.checkpoint else None
     with tempfile.TemporaryDirectory() as folder:
         how = Path(folder) / "ros2.yaml"
-        how.write_text(yaml.safe_dump({"controller": args.controller, "lock_step": args.lock_step}))
+        content = {"controller": args.controller, "lock_step": args.lock_step}
+        content |= {"camera_topics": {"color": args.camera_topic}} if args.camera_topic else {}
+        how.write_text(yaml.safe_dump(content))
         if args.next_first:
             next_scene()
         began_s = time.monotonic()

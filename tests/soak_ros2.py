@@ -134,16 +134,22 @@ FAULTS: dict[str, tuple[list[str], str, str | None, bool]] = {
 
 
 def stopping(log: dict[str, np.ndarray], at_s: float) -> tuple[str, str, str]:
-    """Of an arm's own log from at_s on: speed then, when it first stood still, its peak deceleration till then."""
+    """Of an arm's own log from at_s on: speed then, when it first stood still, its peak deceleration till then.
+
+    Both over 20 ms: a controller that holds each command until the next one makes the arm's speed ripple.
+    """
     hz = float(log["path_hz"])
-    speed = np.diff(log["path_rad"], axis=0) * hz
+    over = round(0.02 * hz)
+    path = log["path_rad"]
+    speed = (path[over:] - path[:-over]) * hz / over  # speed[i] is that of the 20 ms after sample i
     fastest = np.abs(speed).max(axis=1)
-    at = min(max(round(at_s * hz), 1), len(speed) - 1)
+    at = min(max(round(at_s * hz), over), len(speed) - 1)
     still = np.flatnonzero(fastest[at:] < 1e-3)
-    rest = at + int(still[0]) if len(still) else len(speed)
-    slowing = np.abs(np.diff(speed[at - 1 : rest + 1], axis=0)).max(initial=0.0) * hz
+    rest = at + int(still[0]) if len(still) else len(speed) - 1
+    span = speed[at - over : rest + 1]
+    slowing = np.abs(span[over:] - span[:-over]).max(initial=0.0) * hz / over
     within = f"{(rest - at) / hz:.3f}" if len(still) else "never"
-    return f"{fastest[at]:.2f}", within, f"{slowing:.2f}"
+    return f"{fastest[at - over]:.2f}", within, f"{slowing:.2f}"
 
 
 def faults(args: argparse.Namespace) -> bool:

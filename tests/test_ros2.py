@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ur10e_deploy import run
 from ur10e_deploy.config import PolicyError
+from ur10e_deploy.recording import camera_topics, recorded_topics
 from ur10e_deploy.robot import RobotOptions, open_robot
 from ur10e_deploy.ros2_robot import order_of, read_options
 
@@ -131,11 +132,13 @@ def test_pictures_older_than_in_training_are_refused(scenes: dict[str, Scene]):
 
 @needs_ros2
 def test_a_runner_that_is_killed_leaves_an_arm_that_goes_to_its_last_command_and_stands(tmp_path: Path):
-    """SIGKILL in the middle of a stroke, by the wall clock, through a trajectory controller: the arm's own log."""
-    with Arm(tmp_path, *SMALL) as arm:
+    """SIGKILL in the middle of a stroke, by the wall clock, through a trajectory controller, with JPEG as pictures: in
+    the arm's own log."""
+    camera = ("--camera-topic", "/wrist/image_raw/compressed")
+    with Arm(tmp_path, *SMALL, *camera) as arm:
         busy = ["--max-gap-s", "99", "--max-age-s", "20"]  # a test beside others
         runner = start_in_ros2(
-            ["-m", "tests.ros2_runner", "--controller", "joint_trajectory_controller", *busy], arm.domain
+            ["-m", "tests.ros2_runner", "--controller", "joint_trajectory_controller", *camera, *busy], arm.domain
         )
         assert runner.stdout is not None
         said = []
@@ -171,6 +174,14 @@ def test_without_rclpy_one_line_says_what_to_source(
         open_robot("ros2", RobotOptions(HZ, True, {"color": (32, 48)}, ("gripper",), extra))
     assert run.main(["--checkpoint", "none", "--robot", "sim", "--ros2", "x.yaml"]) == 1
     assert "error: --ros2 x.yaml: is for --robot ros2, and --robot is sim" in capsys.readouterr().err
+
+
+def test_topics_are_those_that_training_read():
+    """Compressed ones, too; a recording of the run has whole pictures, on a topic whose name promises no others."""
+    compressed = contract(data_settings={"camera_topic": "/wrist/image_raw/compressed"})
+    assert recorded_topics(compressed) == {"color": "/wrist/image_raw/compressed"}
+    assert camera_topics(compressed) == {"color": "/wrist/image_raw"}
+    assert recorded_topics(contract()) == {"color": "/camera/color/image_raw"}
 
 
 def test_options_are_read_and_mistakes_named(tmp_path: Path):
