@@ -45,7 +45,8 @@ proof: .venv/installed-trainer
 
 # A part of them: make test TESTS=tests/test_train.py; without the containers, which take a third of the time:
 # make test TESTS="tests --ignore=tests/test_osmo_images.py"
-test: .venv/installed-all .venv-lerobot-0.4.4/installed .venv-mlflow/installed .node/installed system-tools lint
+test: .venv/installed-all .venv-lerobot-0.4.4/installed .venv-mlflow/installed .ros2/installed .node/installed \
+		system-tools lint
 	@$(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
 
 # The newest LeRobot needs Python 3.12 or newer; uv gets one where there is none.
@@ -98,6 +99,16 @@ lint: .venv/installed-all
 	@$(UV) pip install --quiet --python .venv-mlflow/bin/python -c constraints-mlflow.txt 'mlflow[auth]'
 	@touch $@
 
+# rclpy without ROS, for the tests of --robot ros2: wheels beside .venv, of which nothing is installed twice, since the
+# pins leave out what .venv has. They are built for Python 3.11 on x86-64 alone.
+.ros2/installed: constraints-ros2.txt .venv/installed-trainer
+	@$(PY) -c 'import platform, sys; sys.exit(sys.version_info[:2] != (3, 11) or platform.machine() != "x86_64")' || { \
+		echo "note: ROS 2's wheels are for Python 3.11 on x86-64 alone: tests of --robot ros2 will be skipped"; exit 0; }; \
+	echo "== installing ROS 2's Python client into .ros2, for the tests of --robot ros2"; \
+	rm -rf .ros2; \
+	$(UV) pip install --quiet --python $(PY) --target .ros2 --no-deps -r constraints-ros2.txt; \
+	touch $@
+
 # Azurite, a Blob server, and azcopy: for the tests of osmo/download-blob.sh.
 .node/installed: | system-tools
 	@mkdir -p .node/bin && echo '*' >.node/.gitignore
@@ -124,6 +135,9 @@ system-tools:
 		echo "note: not root on Debian: without" $$missing "some tests of osmo/ will be skipped"; \
 	fi
 
+# What rclpy's wheels ask for and .venv has, or what only their building needs (empy, lark-parser).
+IN_VENV := numpy pyyaml typing-extensions setuptools empy lark-parser
+
 # Pins for Python 3.10 and up, without any index's host name. torch and torchvision go together.
 constraints: | $(filter .uv/bin/uv,$(UV))
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header --no-annotate \
@@ -134,6 +148,9 @@ constraints: | $(filter .uv/bin/uv,$(UV))
 		--universal --python-version 3.12 --no-emit-index-url --no-header --no-annotate - -o constraints-lerobot-0.6.1.txt
 	echo 'mlflow[auth]' | $(UV) pip compile --quiet --universal --python-version 3.10 --no-emit-index-url --no-header \
 		--no-annotate - -o constraints-mlflow.txt
+	printf 'ros-kilted-%s\n' rclpy rmw-fastrtps-cpp sensor-msgs std-msgs std-srvs trajectory-msgs | $(UV) pip compile \
+		--quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header \
+		--no-annotate $(IN_VENV:%=--no-emit-package %) - -o constraints-ros2.txt
 
 clean:
-	rm -rf .venv .venv-lerobot-0.4.4 .venv-lerobot-0.6 .venv-mlflow .uv .node outputs
+	rm -rf .venv .venv-lerobot-0.4.4 .venv-lerobot-0.6 .venv-mlflow .ros2 .uv .node outputs

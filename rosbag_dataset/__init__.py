@@ -41,7 +41,7 @@ from .decoding import available_cores
 from .episodes import divide, load_episodes, split_episodes
 from .errors import NO_LOCKS, BagError, SettingError, SetupError
 from .faults import BLACK_BELOW, WHITE_ABOVE
-from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, resize_image
+from .images import COMPRESSED_TYPE, IMAGE_TYPE, MAX_PIXELS, RESIZE_INTERPOLATION, read_image, resize_image
 from .in_place import PicturesInPlace, source_of
 from .reading import Recording, image_sha256, read_bag
 from .reports import data_notes, sync_table
@@ -114,6 +114,7 @@ __all__ = [
     "pixel_owners",
     "read_bag",
     "read_config",
+    "read_image",
     "refer_angles",
     "resize_image",
     "setting",

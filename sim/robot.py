@@ -4,8 +4,7 @@ Joint states come at JOINT_HZ and pictures at CAMERA_HZ, both as old as a record
 the world moves on in clock.wait_until() alone. In real time it keeps up with the wall clock: a command that is late
 leaves the arm where the last one sent it.
 
-After halt(), and in a protective or emergency stop, the arm brakes by itself and follows nothing. Nothing here was
-measured on a UR10e: BRAKING_RAD_S2 (world.py) is a choice.
+After halt(), and in a protective or emergency stop, the arm brakes by itself and follows nothing (faults.py).
 
 Knows: worlds, the interface of ur10e_deploy.robot.
 Must not know: policies, the control loop.
@@ -13,34 +12,16 @@ Must not know: policies, the control loop.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from ur10e_deploy.config import PolicyError
 from ur10e_deploy.robot import JointReading, Picture, RobotOptions, Status
 
-from sim.world import BRAKING_RAD_S2, CONTROL_HZ, World
+from sim.faults import CAMERA, CONTROLLER, EMERGENCY, HELD, JOINTS, PROGRAM, PROTECTIVE, SLOWED, braked, faulty
+from sim.world import CONTROL_HZ, World
 from ur10e import DRIVER_FROM_CANONICAL, DRIVER_JOINT_NAMES
 
 JOINT_HZ, CAMERA_HZ = 125.0, CONTROL_HZ  # JOINT_HZ as in sim.record
-CAMERA = "camera"  # kinds of Fault
-JOINTS, HELD, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED = (
-    "joints", "held", "protective stop", "emergency stop", "program", "controller", "speed scaling",
-)  # fmt: skip
-FAULTS = (CAMERA, JOINTS, HELD, PROTECTIVE, EMERGENCY, PROGRAM, CONTROLLER, SLOWED)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that goes wrong from `from_s` to before `to_s` on the robot's clock.
-
-    `kind` is one of FAULTS: the camera or the joint states fall silent, something holds the arm, the robot stops by
-    itself, its program ends, another controller is activated, somebody turns the speed down.
-    """
-
-    kind: str
-    from_s: float
-    to_s: float = np.inf
 
 
 class SimRobot:
@@ -99,6 +80,10 @@ class SimRobot:
             program_running=not self._faulty(PROGRAM),
         )
 
+    def check(self):
+        """[]: all of it is watched."""
+        return []
+
     def command(self, position_rad, others: Mapping[str, float]):
         """Where to be one period from now. Raises ValueError for what is not six finite numbers, or no such state."""
         position_rad = np.array(position_rad, np.float64)
@@ -121,8 +106,7 @@ class SimRobot:
     # The world's way.
 
     def _faulty(self, kind):
-        now_s = self.world.time_s
-        return any(fault.kind == kind and fault.from_s <= now_s < fault.to_s for fault in self.faults)
+        return faulty(self.faults, kind, self.world.time_s)
 
     def _advance(self):
         """One period of the world."""
@@ -130,7 +114,7 @@ class SimRobot:
         if self._person is not None:
             self._setpoint = self._person(self.world.time_s + period_s)
         elif self._halted or not self.status().program_running or any(map(self._faulty, (PROTECTIVE, EMERGENCY))):
-            self._setpoint = self._braked(period_s)
+            self._setpoint = braked(self.world)
         self.world.command(self.world.path_rad[-1] if self._faulty(HELD) else self._setpoint)
         now_s = self.world.time_s
         for kind, rate_hz in ((JOINTS, JOINT_HZ), (CAMERA, CAMERA_HZ)):
@@ -140,13 +124,6 @@ class SimRobot:
                 self._stamps[kind] = stamp_s
                 if kind == JOINTS:
                     self._reading = stamp_s, self.world.pose_rad(stamp_s)
-
-    def _braked(self, period_s):
-        """The next place of an arm that brakes as hard as it can: (6,) rad."""
-        before = self.world.command_rad[-2:]
-        speed = (before[1] - before[0]) / period_s if len(before) == 2 else np.zeros(6)
-        slower = np.sign(speed) * np.maximum(np.abs(speed) - BRAKING_RAD_S2 * period_s, 0.0)
-        return self.world.command_rad[-1] + period_s * slower if before else self._setpoint
 
 
 class _Clock:

@@ -43,9 +43,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from sim.faults import BRAKING_RAD_S2
 from sim.scene import Renderer
-from sim.world import BRAKING_RAD_S2, IMAGE_AGE_S, World
 from sim.world import CONTROL_HZ as CAMERA_HZ
+from sim.world import IMAGE_AGE_S, World
 from ur10e import JOINT_NAMES
 
 RTDE_PORT, SCRIPT_PORT, DASHBOARD_PORT, CAMERA_PORT = 30004, 30003, 29999, 8080

@@ -25,7 +25,6 @@ from ur10e import SPEED_LIMIT_RAD_S, tool_tip
 CONTROL_HZ = 30.0
 IMAGE_AGE_S = 0.016  # from capture to the message's arrival; the middle of the recorder's CAMERA_LATENCY_S
 SERVO_S = 0.005  # the arm moves in steps of at most this
-BRAKING_RAD_S2 = 10.0  # of an arm that stops by itself; a choice, not measured
 
 TIMEOUT_S = 6.0
 TOLERANCE_M = 0.02  # from the tip to the middle of the block's top

@@ -36,9 +36,10 @@ from ur10e_deploy.thinking import Thinker
 from ur10e_deploy.watchdog import AgeLimits, Watchdog
 
 from sim.closed_loop import PolicyDriver, roll_out
-from sim.robot import CAMERA, JOINTS, PROGRAM, PROTECTIVE, SLOWED, Fault, SimRobot
+from sim.faults import BRAKING_RAD_S2, CAMERA, JOINTS, PROGRAM, PROTECTIVE, SLOWED, Fault
+from sim.robot import SimRobot
 from sim.rtde_arm import LOST, WATCHED
-from sim.world import BRAKING_RAD_S2, TIMEOUT_S, World
+from sim.world import TIMEOUT_S, World
 from tests.robots import CHUNK, RtdeArm, contract, make_loop, make_rtde_loop
 
 SEED, HZ = 1000, 250.0

@@ -9,7 +9,7 @@ from ur10e_deploy.control import HALTED, HOLDING
 from ur10e_deploy.run_report import shadow_errors
 from ur10e_deploy.thinking import ArmContract
 
-from sim.robot import CAMERA, CONTROLLER, EMERGENCY, HELD, JOINTS, PROGRAM, PROTECTIVE, SLOWED, Fault
+from sim.faults import CAMERA, CONTROLLER, EMERGENCY, HELD, JOINTS, PROGRAM, PROTECTIVE, SLOWED, Fault
 from tests.robots import CHUNK, HZ, contract, make_loop
 from tests.test_limiter import assert_kept
 

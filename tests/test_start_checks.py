@@ -11,7 +11,7 @@ from ur10e_deploy.robot import Picture
 from ur10e_deploy.start_checks import check_contract, check_pictures, check_pose, check_rates, check_start
 
 from sim.expert import random_episode
-from sim.robot import CAMERA, JOINTS, PROTECTIVE, Fault
+from sim.faults import CAMERA, JOINTS, PROTECTIVE, Fault
 from tests.robots import HZ, SIGNS, contract, make_loop
 
 ORDER = [5, 4, 3, 2, 1, 0]  # the contract's

@@ -38,14 +38,17 @@ JOINT_TYPE, IMAGE_TYPE = "sensor_msgs/msg/JointState", "sensor_msgs/msg/Image"
 ARRAY_TYPE, NUMBER_TYPE, TEXT_TYPE = "std_msgs/msg/Float64MultiArray", "std_msgs/msg/Float64", "std_msgs/msg/String"
 
 
-def camera_topics(contract: RobotContract) -> dict[str, str]:
-    """Camera -> the topic that it was recorded on; /camera/NAME/image_raw where the contract does not say."""
+def recorded_topics(contract: RobotContract) -> dict[str, str]:
+    """Camera -> the topic that training read; /camera/NAME/image_raw where the contract does not say."""
     data = contract.data_settings
     named = data.get("camera_topics") or {}
     only = data.get("camera_topic") if len(contract.cameras) == 1 and not named else None
-    topics = {camera: named.get(camera) or only or f"/camera/{camera}/image_raw" for camera in contract.cameras}
-    # What is written are whole pictures, which a compressed topic's name must not promise.
-    return {camera: topic.removesuffix("/compressed") for camera, topic in topics.items()}
+    return {camera: named.get(camera) or only or f"/camera/{camera}/image_raw" for camera in contract.cameras}
+
+
+def camera_topics(contract: RobotContract) -> dict[str, str]:
+    """The same for what is written: whole pictures, which a compressed topic's name must not promise."""
+    return {camera: topic.removesuffix("/compressed") for camera, topic in recorded_topics(contract).items()}
 
 
 class BagRecorder:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ import numpy as np
 from .config import PolicyError
 
 # name -> module with open_robot(RobotOptions) -> Robot. tests/test_imports.py holds that this is the only way up.
-ROBOTS = {"sim": "sim.robot", "rtde": "ur10e_deploy.rtde_robot"}
+ROBOTS = {"sim": "sim.robot", "ros2": "ur10e_deploy.ros2_robot", "rtde": "ur10e_deploy.rtde_robot"}
 FULL_SPEED = 0.99  # speed scaling below this: somebody, or the robot, slowed it down
 
 
@@ -67,7 +68,7 @@ class Status:
         speed_scaling: 1 at full speed; the pendant's slider and the robot's own reductions are in it.
         protective_stop, emergency_stop: the robot stopped.
         program_running: the program on the robot that follows our commands.
-        other: what else stands in the way, in the robot's own words; "" for nothing.
+        further: what else forbids to command it, in words.
     """
 
     controller_active: bool = True
@@ -75,7 +76,7 @@ class Status:
     protective_stop: bool = False
     emergency_stop: bool = False
     program_running: bool = True
-    other: str = ""
+    further: tuple[str, ...] = ()
 
     def troubles(self) -> list[str]:
         """Why the arm must not be commanded, in words; [] when it may be."""
@@ -85,9 +86,8 @@ class Status:
             (not self.program_running, "the robot's program is not running"),
             (not self.controller_active, "the controller that takes commands is not active"),
             (not self.speed_scaling >= FULL_SPEED, f"speed scaling is {self.speed_scaling:.0%}, expected 100 %"),
-            (bool(self.other), self.other),
         ]
-        return [text for is_so, text in found if is_so]
+        return [text for is_so, text in found if is_so] + list(self.further)
 
 
 class Clock(Protocol):
@@ -102,6 +102,24 @@ class Clock(Protocol):
     def wait_until(self, time_s: float) -> None:
         """Return when it is time_s, or at once when that is past."""
         ...
+
+
+class WallClock:
+    """Seconds since it was made, by the wall: of a robot that is not simulated."""
+
+    lock_step = False
+
+    def __init__(self) -> None:
+        self._began_s = time.perf_counter()
+
+    def now_s(self) -> float:
+        """The time now."""
+        return time.perf_counter() - self._began_s
+
+    def wait_until(self, time_s: float) -> None:
+        """Return when it is time_s, or at once when that is past."""
+        if (left_s := time_s - self.now_s()) > 0:
+            time.sleep(left_s)
 
 
 class Robot(Protocol):
@@ -129,6 +147,14 @@ class Robot(Protocol):
 
     def status(self) -> Status:
         """What the robot says of itself."""
+        ...
+
+    def check(self) -> list[str]:
+        """What a person should know before it moves, above all what is not watched; asked once, while it stands.
+
+        Raises:
+            PolicyError: it must not be moved.
+        """
         ...
 
     def command(self, position_rad: np.ndarray, others: Mapping[str, float]) -> None:

@@ -26,7 +26,6 @@ import contextlib
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ from ur10e import JOINT_NAMES
 
 from .cameras import Cameras, parse_sources
 from .config import PolicyError
-from .robot import JointReading, Picture, RobotOptions, Status
+from .robot import JointReading, Picture, RobotOptions, Status, WallClock
 
 # servoJ's lookahead and gain: those of UMI's controller for a UR5 (Chi et al., 2024), which are ur_rtde's own defaults,
 # too. UR's ROS 2 driver has 0.03 and 2000, for a stream of 500 Hz whose missing targets it extrapolates; ur_rtde's
@@ -58,24 +57,6 @@ PLAYING, STOPPED, RUNNING = 2, 1, 7
 MODES = ("DISCONNECTED", "CONFIRM_SAFETY", "BOOTING", "POWER_OFF", "POWER_ON", "IDLE", "BACKDRIVE", "RUNNING")
 PROTECTIVE_BIT, EMERGENCY_BITS = 2, (5, 6, 7)
 OTHER_BITS = {3: "recovery mode", 4: "safeguard stop", 8: "safety violation", 9: "safety fault"}
-
-
-class WallClock:
-    """Seconds since it was made."""
-
-    lock_step = False
-
-    def __init__(self) -> None:
-        self._began_s = time.perf_counter()
-
-    def now_s(self) -> float:
-        """The time now."""
-        return time.perf_counter() - self._began_s
-
-    def wait_until(self, time_s: float) -> None:
-        """Return at time_s, or at once when that is past."""
-        if (left_s := time_s - self.now_s()) > 0:
-            time.sleep(left_s)
 
 
 class RtdeRobot:
@@ -152,8 +133,12 @@ class RtdeRobot:
             protective_stop=protective,
             emergency_stop=emergency,
             program_running=program_running,
-            other="; ".join(others),
+            further=tuple(others),
         )
+
+    def check(self) -> list[str]:
+        """[]: what a status is made of is always there, or the robot could not be opened."""
+        return []
 
     def command(self, position_rad: np.ndarray, others: Mapping[str, float]) -> None:
         """Be at position_rad (6,) one period from now; nothing is sent after halt(), or when the connection is lost."""

@@ -54,6 +54,7 @@ EXIT_STOPPED = EXIT_GATE
 DEFAULTS = ControlSettings(fps=30.0)
 OPTIONS_OF = {  # robot -> the options that it alone has
     "sim": ("real_time", "latency_ms", "seed", "episode"),
+    "ros2": ("ros2",),
     "rtde": ("host", "camera", "servo_lookahead_s", "servo_gain"),
 }
 
@@ -140,9 +141,11 @@ def robot_options(args: argparse.Namespace, contract: Any, others: tuple[str, ..
         camera: next(iter(contract.recorded_shapes.get(camera, ())), shape)
         for camera, shape in contract.cameras.items()
     }
-    extra = {"seed": args.seed, "episode": args.episode, "person": args.shadow}
-    extra |= {name: getattr(args, name) for name in OPTIONS_OF["rtde"]}
-    extra["commanding"] = not (args.dry_run or args.shadow)
+    extra = {
+        "seed": args.seed, "episode": args.episode, "person": args.shadow, "contract": contract,
+        "commanding": not (args.dry_run or args.shadow),
+    }  # fmt: skip
+    extra |= {name: getattr(args, name) for robot in ("ros2", "rtde") for name in OPTIONS_OF[robot]}
     return RobotOptions(args.command_hz, args.real_time, cameras, tuple(contract.state_topics) or others, extra)
 
 
@@ -256,6 +259,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sim.add_argument("--seed", type=int, default=1000, help="of the scenes (default: 1000)")
     sim.add_argument("--episode", type=int, default=0, help="which scene (default: 0)")
+    ros2 = p.add_argument_group("of --robot ros2")
+    ros2.add_argument("--ros2", type=Path, metavar="FILE", help="YAML: controller, topics (ros2_robot.py: Ros2Options)")
     rtde = p.add_argument_group("of --robot rtde (its defaults, with their sources: rtde_robot.py)")
     rtde.add_argument("--host", metavar="ADDRESS", help="of the robot")
     rtde.add_argument(

@@ -203,9 +203,10 @@ def check_start(
     """
     seen = look(robot, contract, period_s)
     check_rates(contract, fps, seen.joint_hz, seen.picture_hz)
+    said = robot.check()
     if troubles := robot.status().troubles():
         raise PolicyError(f"the robot is not ready: {'; '.join(troubles)}")
     if still and seen.moved_rad > 0.01:
         raise PolicyError(f"a joint moved by {seen.moved_rad:.3f} rad while the arm was looked at; let it come to rest")
     notes = check_pictures(contract, seen.first, seen.last, robot.cameras_are_noisy)
-    return check_pose(contract, seen.state, allow_unknown) + notes
+    return said + check_pose(contract, seen.state, allow_unknown) + notes
