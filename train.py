@@ -49,7 +49,7 @@ from rosbag_dataset import (
     load_episodes,
     settings_from,
 )
-from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
+from training import augment, device, feed, graphs, identity, metrics, run_dir, summary, trackers, validation
 from training.averaging import Average
 from training.checks import check_settings
 from training.errors import ConfigError, Stopped, TrainingError
@@ -154,7 +154,7 @@ class TrainingConfig:
     hold_out: str = setting("bag", "what is never on both sides of the split", choices=("bag", "episode"))
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
-    compile: str = setting("auto", "torch.compile; auto: off", choices=("auto", "true", "false"))
+    compile: str = setting("auto", "torch.compile; auto: CUDA graphs on a GPU", choices=("auto", "true", "false"))
     resume: str = setting("never", "auto (newest checkpoint), never, or a path", path=True, words=("auto", "never"))
     init_from: str | None = setting(None, "policy with whose weights a new run begins", path=True)
     init_stats: str = setting("new", "statistics of the new data, or that policy's", choices=("new", "keep"))
@@ -245,10 +245,9 @@ def lr_factor(step: int, training: TrainingConfig, peak_lr: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    peaks = (training.lr, training.lr_backbone)
-    factors: list[Any] = [functools.partial(lr_factor, training=training, peak_lr=peak) for peak in peaks]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+def learning_rates(step: int, training: TrainingConfig) -> list[float]:
+    """The learning rates in (0-based) step `step`, of the optimizer's groups in their order: the backbone's is last."""
+    return [peak * lr_factor(step, training, peak) for peak in (training.lr, training.lr_backbone)]
 
 
 # -- Weights & Biases ---------------------------------------------------------------------------------------------
@@ -375,7 +374,7 @@ class Trainer:
         self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
         # The fused optimizer leaves the weights alone in a step in which this is 1 (it was made for AMP's scaler).
         self.optimizer.found_inf = torch.zeros((), device=world.device)
-        self.scheduler = _build_scheduler(self.optimizer, training)
+        self.asked = torch.zeros((), device=world.device)  # 1 when this rank was asked to stop
 
     def _state(self, validation_due: bool) -> dict[str, Any]:
         """What _resume takes up, on this machine or another."""
@@ -389,7 +388,6 @@ class Trainer:
             **self.average.state(),
             "window": self.window,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "fingerprint": self.fingerprint,
             "environment": self.rounding,
         }
@@ -403,27 +401,17 @@ class Trainer:
         state = self.world.share(state)
         self.model.load_state_dict(state["model"])
         self.average.resume(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        # What Adam remembers of the gradients; the learning rates and the weight decay are the config's.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         self.window.copy_(state["window"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.tracker_ids = {name: state.get(name) for name in ("wandb_id", "mlflow_id")}
         self.validation_due = checkpoint if state["validation_due"] else None
         if changed := identity.differences(state["schedule"], identity.learning_settings(self.settings)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
-            self._apply_learning_settings()
         self.say(f"resuming from {checkpoint} at step {self.step}")
         if changed := identity.differences(state["environment"], self.rounding):
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
-
-    def _apply_learning_settings(self) -> None:
-        """The config's learning rates and weight decay over those that the optimizer's state brought along."""
-        training = self.cfg.training
-        self.scheduler.base_lrs = [training.lr, training.lr_backbone]
-        for group, lr in zip(self.optimizer.param_groups, (training.lr, training.lr_backbone), strict=True):
-            group["initial_lr"], group["weight_decay"] = lr, training.weight_decay
-            group["lr"] = lr * lr_factor(self.step, training, lr)
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # The loop.
 
@@ -440,6 +428,8 @@ class Trainer:
             )  # fmt: skip
         if training.compile == "true":
             self.model.compile()
+        wanted = training.compile == "auto"
+        self.step_on_device = graphs.launched_once(self._step_on_device, self.optimizer, world, wanted, self.say)
         self.ddp: torch.nn.Module = self.model
         if world.size > 1:
             # A 1x1 convolution's weight has one memory order under two names, about which DDP worries.
@@ -532,16 +522,31 @@ class Trainer:
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One optimizer step; -> (2,) on the device: how many ranks were asked to stop, is something not finite."""
-        training, world = self.cfg.training, self.world
+        rates = learning_rates(self.step, self.cfg.training)
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        self.lr = rates[0]
         # Dropout and the VAE's noise depend on seed, step and rank alone, so that no generator state needs saving.
-        torch.manual_seed(feed.step_seed(training.seed, self.step, world.rank))
+        torch.manual_seed(feed.step_seed(self.cfg.training.seed, self.step, self.world.rank))
+        self.asked.fill_(bool(self.stop.name))
+        flags = self.step_on_device(batch)
+        self.step += 1
+        self.average.update(self.step)
+        self.samples_seen += self.effective_batch
+        return flags
+
+    def _step_on_device(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The part of train_step that a CUDA graph repeats: tensors only.
+
+        Nothing in here reads from the device, and what outlasts the step is changed where it is.
+        """
+        training, world = self.cfg.training, self.world
         with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction, (mu, log_sigma_x2) = self.ddp(batch)
         l1_sum, n_valid, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
         # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
         # would weigh their samples differently). DDP averages gradients over the ranks, hence the factor world.size.
-        asked = l1_sum.new_full((), float(bool(self.stop.name)))
-        sums = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach(), n_valid.to(l1_sum.dtype), asked]))
+        sums = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach(), n_valid.to(l1_sum.dtype), self.asked]))
         l1_loss, kl_loss = sums[0] / sums[2], sums[1] / self.effective_batch
         loss = world.size * (l1_sum / sums[2] + training.kl_weight * kl_sum / self.effective_batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -549,14 +554,8 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)
         # Decided on the device, and for good: not one step is taken on or after a loss or gradient that is not
         # finite. The sums and the reduced gradients are the same on all ranks, and so is the decision.
-        bad = ~torch.isfinite(l1_loss + kl_loss + grad_norm)
-        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, bad.float())
+        self.optimizer.found_inf.masked_fill_(~torch.isfinite(l1_loss + kl_loss + grad_norm), 1.0)
         self.optimizer.step()
-        self.lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        self.step += 1
-        self.average.update(self.step)
-        self.samples_seen += self.effective_batch
         total = l1_loss + training.kl_weight * kl_loss
         self.window += torch.stack([total, l1_loss, kl_loss, grad_norm, torch.ones_like(total)])
         return torch.stack([sums[3], self.optimizer.found_inf])

@@ -186,6 +186,8 @@ def rounding_conditions(settings: Settings, device: torch.device, ranks: int, pr
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
         "compiled": settings["training"]["compile"] == "true",
+        # It rounds learning rates; None where there is none, as in checkpoints from before it.
+        "CUDA graph": True if device.type == "cuda" and settings["training"]["compile"] == "auto" else None,
         "memory format": "channels last",
         "ranks": ranks,
         "training.batch_size": settings["training"]["batch_size"],
