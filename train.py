@@ -24,7 +24,6 @@ import functools
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +31,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lerobot_checkpoint
-from act_model import ACT, ACTConfig, loss_terms
+from act_model import ACT, ACTConfig, loss_terms, valid_elements
 from lerobot_checkpoint import CheckpointError, CheckpointSaver, Normalizer
 from rosbag_dataset import (
     CHOICES,
@@ -154,6 +152,7 @@ class TrainingConfig:
     hold_out: str = setting("bag", "what is never on both sides of the split", choices=("bag", "episode"))
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
+    ddp_compression: str = setting("none", "how gradients travel between GPUs", choices=("none", "bf16"))
     compile: str = setting("auto", "torch.compile; auto: CUDA graphs on a GPU", choices=("auto", "true", "false"))
     resume: str = setting("never", "auto (newest checkpoint), never, or a path", path=True, words=("auto", "never"))
     init_from: str | None = setting(None, "policy with whose weights a new run begins", path=True)
@@ -430,12 +429,7 @@ class Trainer:
             self.model.compile()
         wanted = training.compile == "auto"
         self.step_on_device = graphs.launched_once(self._step_on_device, self.optimizer, world, wanted, self.say)
-        self.ddp: torch.nn.Module = self.model
-        if world.size > 1:
-            # A 1x1 convolution's weight has one memory order under two names, about which DDP worries.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            ids = [world.local_rank] if world.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
+        self.ddp = world.parallel(self.model, training.ddp_compression)
         self.stream = feed.SampleStream(
             len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen,
             identity.sample_order(self.fingerprint),
@@ -541,16 +535,20 @@ class Trainer:
         Nothing in here reads from the device, and what outlasts the step is changed where it is.
         """
         training, world = self.cfg.training, self.world
+        # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
+        # would weigh their samples differently). How much is valid is known before, and added up during the forward.
+        valid = valid_elements(batch["action"], batch["action_is_pad"])
+        counts = world.begin_sum(torch.stack([valid.float(), self.asked]))
         with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction, (mu, log_sigma_x2) = self.ddp(batch)
-        l1_sum, n_valid, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
-        # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
-        # would weigh their samples differently). DDP averages gradients over the ranks, hence the factor world.size.
-        sums = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach(), n_valid.to(l1_sum.dtype), self.asked]))
-        l1_loss, kl_loss = sums[0] / sums[2], sums[1] / self.effective_batch
-        loss = world.size * (l1_sum / sums[2] + training.kl_weight * kl_sum / self.effective_batch)
+        l1_sum, _, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
+        n_valid, asked = counts()
+        # DDP averages gradients over the ranks, hence the factor world.size.
+        loss = world.size * (l1_sum / n_valid + training.kl_weight * kl_sum / self.effective_batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        l1_all, kl_all = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach()]))
+        l1_loss, kl_loss = l1_all / n_valid, kl_all / self.effective_batch
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)
         # Decided on the device, and for good: not one step is taken on or after a loss or gradient that is not
         # finite. The sums and the reduced gradients are the same on all ranks, and so is the decision.
@@ -558,7 +556,7 @@ class Trainer:
         self.optimizer.step()
         total = l1_loss + training.kl_weight * kl_loss
         self.window += torch.stack([total, l1_loss, kl_loss, grad_norm, torch.ones_like(total)])
-        return torch.stack([sums[3], self.optimizer.found_inf])
+        return torch.stack([asked, self.optimizer.found_inf])
 
     def _heed(self, read: tuple[int, list[float]] | None) -> bool:
         """-> whether any rank was asked to stop. Raises TrainingError if that step was not finite."""

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
+from act_model import FrozenBatchNorm
 from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoint
 from tests.azurite import free_port
 from tests.once import once
-from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
+from tests.tiny import ROOT, Operations, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
 from training.failures import collective_fault
+from training.ranks import World
 
 NO_VALIDATION = {"training__val_fraction": 0}
 PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
@@ -112,6 +115,33 @@ def test_reduced_gradients_and_sgd_steps_agree(sample_bags: Path, tmp_path: Path
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
     worst = max(float((two["weights"][n] - one["weights"][n]).abs().max()) for n in one["weights"])
     assert worst < 1e-6
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """One rank in a process group of its own, which takes itself for one of two."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(rank=0, local_rank=0, size=2, node=0, nodes=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_gradients_alone_travel(alone: World, compression: str):
+    """No buffer is sent in a forward pass, and gradients lie where they are sent from. With bf16 they are rounded to
+    it, else they are those of the model alone, bit for bit."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), FrozenBatchNorm(4), torch.nn.Conv2d(4, 2, 1))
+    parameters, images = list(model.parameters()), torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(images).square().sum(), parameters)
+    ddp = alone.parallel(model, compression)
+    for _ in range(2):  # DDP arranges its buckets after the first
+        model.zero_grad(set_to_none=True)
+        with Operations() as done:
+            ddp(images).square().sum().backward()
+    assert any("c10d.allreduce_" in name for name in done.names)
+    assert not [name for name in done.names if "c10d.broadcast" in name]
+    assert len({parameter.grad.untyped_storage().data_ptr() for parameter in parameters}) == 1
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient.bfloat16().float() if compression == "bf16" else gradient)
 
 
 def test_two_ranks_resume_bit_for_bit(begun: Path, unbroken: Path, sample_bags: Path, tmp_path: Path):

@@ -45,7 +45,7 @@ class Operations(TorchDispatchMode):
     """Inside, `names` collects the operations that are dispatched to a device, those of backward passes included."""
 
     # What makes the host wait for the device, or copy its own numbers there: torch.tensor begins with "lift_fresh".
-    WAITING = ("_local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "_unique", "lift_fresh", "linalg")
+    WAITING = ("_local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "_unique", "lift", "linalg_inv")
 
     def __init__(self) -> None:
         super().__init__()

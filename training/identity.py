@@ -178,7 +178,11 @@ def learning_settings(settings: Settings) -> dict[str, Any]:
 
 
 def rounding_conditions(settings: Settings, device: torch.device, ranks: int, precision: torch.dtype) -> dict[str, Any]:
-    """What decides how results are rounded, and so whether a resumed run equals an unbroken one to the last bit."""
+    """What decides how results are rounded, and so whether a resumed run equals an unbroken one to the last bit.
+
+    A value of None: as in a checkpoint from before there was such a thing.
+    """
+    compression = settings["training"]["ddp_compression"]
     return {
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
@@ -186,8 +190,8 @@ def rounding_conditions(settings: Settings, device: torch.device, ranks: int, pr
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
         "compiled": settings["training"]["compile"] == "true",
-        # It rounds learning rates; None where there is none, as in checkpoints from before it.
         "CUDA graph": True if device.type == "cuda" and settings["training"]["compile"] == "auto" else None,
+        "training.ddp_compression": compression if ranks > 1 and compression != "none" else None,
         "memory format": "channels last",
         "ranks": ranks,
         "training.batch_size": settings["training"]["batch_size"],
