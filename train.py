@@ -132,7 +132,8 @@ class ModelConfig:
 @dataclass
 class TrainingConfig:
     steps: int = setting(5000, "optimizer steps", low=1)
-    batch_size: int = setting(4, "samples per GPU and step", low=1)
+    batch_size: int = setting(4, "samples per GPU and forward pass", low=1)
+    accumulate_steps: int = setting(1, "passes whose gradients one step adds up", low=1)
     lr: float = setting(1e-5, "peak learning rate", low=0.0)
     lr_backbone: float = setting(1e-5, "peak learning rate of the image backbone", low=0.0)
     weight_decay: float = setting(1e-4, "AdamW weight decay", low=0.0)
@@ -289,7 +290,7 @@ class Trainer:
         self.settings = dataclasses.asdict(cfg)
         self.say = print if world.is_main else (lambda *values, **options: None)
         self.precision = world.share(device.choose_precision(cfg.training.precision, world.device))  # one for all nodes
-        self.rounding = identity.rounding_conditions(self.settings, world.device, world.size, self.precision)
+        self.rounding = identity.rounding_conditions(self.settings, world, self.precision)
         self.output_dir = Path(cfg.training.output_dir)
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
@@ -409,7 +410,7 @@ class Trainer:
         if changed := identity.differences(state["schedule"], identity.learning_settings(self.settings)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
         self.say(f"resuming from {checkpoint} at step {self.step}")
-        if changed := identity.differences(state["environment"], self.rounding):
+        if changed := identity.differences(identity.BEFORE_PARTS | state["environment"], self.rounding):
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
 
     # The loop.
@@ -417,7 +418,7 @@ class Trainer:
     def start(self) -> DataLoader:
         """Make ready for train_step: say what will be trained, compile, wrap; -> the loader of raw batches."""
         world, training = self.world, self.cfg.training
-        self.effective_batch = training.batch_size * world.size
+        self.effective_batch = training.batch_size * training.accumulate_steps * world.size
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if world.is_main:
             where = device.describe(world.device, self.precision, training.compile == "true")
@@ -427,12 +428,12 @@ class Trainer:
             )  # fmt: skip
         if training.compile == "true":
             self.model.compile()
-        wanted = training.compile == "auto"
-        self.step_on_device = graphs.launched_once(self._step_on_device, self.optimizer, world, wanted, self.say)
+        step = self._step_on_device
+        self.step_on_device = graphs.launched_once(step, self.optimizer, world, training.compile, self.say)
         self.ddp = world.parallel(self.model, training.ddp_compression)
         self.stream = feed.SampleStream(
-            len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen,
-            identity.sample_order(self.fingerprint),
+            len(self.dataset), self.effective_batch // world.size, world.rank, world.size, training.seed,
+            self.samples_seen, identity.sample_order(self.fingerprint),
         )  # fmt: skip
         self.model.train()
         return feed.make_loader(self.dataset, self.stream, training.num_workers, world.device)
@@ -530,24 +531,26 @@ class Trainer:
         return flags
 
     def _step_on_device(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The part of train_step that a CUDA graph repeats: tensors only.
-
-        Nothing in here reads from the device, and what outlasts the step is changed where it is.
-        """
+        """What a CUDA graph repeats: nothing in here reads from the device, and what outlasts it stays in its place."""
         training, world = self.cfg.training, self.world
         # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
         # would weigh their samples differently). How much is valid is known before, and added up during the forward.
         valid = valid_elements(batch["action"], batch["action_is_pad"])
         counts = world.begin_sum(torch.stack([valid.float(), self.asked]))
-        with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
-            prediction, (mu, log_sigma_x2) = self.ddp(batch)
-        l1_sum, _, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
-        n_valid, asked = counts()
-        # DDP averages gradients over the ranks, hence the factor world.size.
-        loss = world.size * (l1_sum / n_valid + training.kl_weight * kl_sum / self.effective_batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        l1_all, kl_all = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach()]))
+        terms = []
+        parts = feed.divide(batch, training.accumulate_steps)
+        for i, part in enumerate(parts, 1):
+            with world.exchanging(self.ddp, i == len(parts)):
+                with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
+                    prediction, (mu, log_sigma_x2) = self.ddp(part)
+                l1_sum, _, kl_sum = loss_terms(prediction, part["action"], part["action_is_pad"], mu, log_sigma_x2)
+                n_valid, asked = counts()
+                # DDP averages gradients over the ranks, hence the factor world.size.
+                loss = world.size * (l1_sum / n_valid + training.kl_weight * kl_sum / self.effective_batch)
+                loss.backward()
+            terms.append(torch.stack([l1_sum.detach(), kl_sum.detach()]))
+        l1_all, kl_all = world.sum(functools.reduce(torch.add, terms))
         l1_loss, kl_loss = l1_all / n_valid, kl_all / self.effective_batch
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)
         # Decided on the device, and for good: not one step is taken on or after a loss or gradient that is not

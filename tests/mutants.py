@@ -44,6 +44,7 @@ class Mutant(NamedTuple):
 
 STEP = "test_train_step.py::test_five_steps_are_those_of_lerobots_loss_and_torchs_optimizer"
 TWO_RANKS = "test_train_step.py::test_five_steps_of_two_ranks_are_the_same"
+IN_PARTS = "test_train_step.py::test_five_steps_in_two_parts_are_the_same"
 COSINE = "test_train.py::test_the_cosine_curve_point_by_point"
 RESUMED = "test_resume.py::test_an_interrupted_run_is_the_same_run[stops0]"
 KEPT = "test_init_from.py::test_kept_statistics_outlast_a_resume_and_the_policy"
@@ -127,8 +128,20 @@ MUTANTS = [
     Mutant("ranks: a mean of the ranks' means", "train.py",
            "loss = world.size * (l1_sum / n_valid", "loss = world.size * (l1_sum / (valid * world.size)", TWO_RANKS),
     Mutant("ranks: the batch counts one rank's samples", "train.py",
-           "self.effective_batch = training.batch_size * world.size", "self.effective_batch = training.batch_size",
-           TWO_RANKS),
+           "training.batch_size * training.accumulate_steps * world.size",
+           "training.batch_size * training.accumulate_steps", TWO_RANKS),
+    Mutant("parts: each has a mean of its own", "train.py",
+           'valid_elements(batch["action"], batch["action_is_pad"])',
+           'valid_elements(batch["action"], batch["action_is_pad"]) / training.accumulate_steps', IN_PARTS),
+    Mutant("parts: only the last one counts", "train.py",
+           "                loss.backward()\n",
+           "                self.optimizer.zero_grad(set_to_none=True)\n                loss.backward()\n", IN_PARTS),
+    Mutant("parts: the log has the last one alone", "train.py",
+           "functools.reduce(torch.add, terms)", "terms[-1]",
+           "test_ddp.py::test_two_ranks_that_round_gradients_and_take_two_parts"),
+    Mutant("parts: gradients travel after each", "training/ranks.py",
+           "isinstance(model, DistributedDataParallel) and not now", "False",
+           "test_ddp.py::test_only_the_last_part_s_gradients_travel"),
     Mutant("ranks: constant buffers are sent in every step", "training/ranks.py",
            "ddp.broadcast_buffers = False", "pass", "test_ddp.py::test_gradients_alone_travel[none]"),
     Mutant("ranks: gradients are rounded unasked", "training/ranks.py",

@@ -1,7 +1,7 @@
 """A training step that the host launches once: captured as a CUDA graph, and repeated from then on.
 
 A step of ACT is some 1,500 operations. At batch 8 a GPU computes them faster than a host can launch them one by one.
-This room knows a function of tensors and the learning rates of an optimizer; it knows no model and no setting.
+This room knows a function of tensors and the learning rates of an optimizer; it knows no model, and one setting.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ WARM_UP = 11
 TIMED = 5  # the last of these, and as many of the first repetitions, whose times are compared
 
 
-def launched_once(step: Step, optimizer: Any, world: World, wanted: bool, say: Callable[[str], object]) -> Step:
-    """`step` as a Repeated where that is `wanted` and world.device is an NVIDIA GPU, else as it is.
+def chosen(compiled: str, world: World) -> bool:
+    """Whether the steps of a run are repeated: with training.compile `auto`, on NVIDIA GPUs of one machine.
+
+    Nobody watches a collective inside a graph: when a machine is lost, the others would wait for it for ever. (Ranks on
+    one machine are ended by their torchrun.)
+    """
+    return compiled == "auto" and world.device.type == "cuda" and world.nodes == 1
+
+
+def launched_once(step: Step, optimizer: Any, world: World, compiled: str, say: Callable[[str], object]) -> Step:
+    """`step` as a Repeated where that is `chosen`, else as it is.
 
     Call it before DDP wraps the model, and before the first step.
     """
-    if not wanted or world.device.type != "cuda":
+    if not chosen(compiled, world):
         return step
     # A capture refuses the default stream, and what was made in any other than its own (DDP's and autograd's nodes for
     # the weights are): so from here on the run has this one.

@@ -67,6 +67,10 @@ class World:
             ddp.register_comm_hook(None, bf16_compress_hook)
         return ddp
 
+    def exchanging(self, model: torch.nn.Module, now: bool) -> contextlib.AbstractContextManager[object]:
+        """Inside, a backward pass of what `parallel` gave adds up the rank's gradients; `now` it averages them, too."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext()
+
     # Values.
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
