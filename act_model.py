@@ -475,6 +475,11 @@ def describe_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
 # ---- Loss ----------------------------------------------------------------------------------------------------
 
 
+def valid_elements(actions: Tensor, action_is_pad: Tensor) -> Tensor:
+    """How many numbers of actions (B, chunk, action_dim) are no padding, as a scalar (int64); pad (B, chunk) bool."""
+    return (~action_is_pad).sum() * actions.shape[-1]
+
+
 def loss_terms(
     actions_hat: Tensor, actions: Tensor, action_is_pad: Tensor, mu: Tensor | None, log_sigma_x2: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -487,7 +492,7 @@ def loss_terms(
     """
     is_pad = action_is_pad.unsqueeze(-1)  # (B, chunk, 1)
     l1_sum = (actions_hat.float() - actions.float()).abs().masked_fill(is_pad, 0).sum()
-    n_valid_elements = (~action_is_pad).sum() * actions.shape[-1]
+    n_valid_elements = valid_elements(actions, action_is_pad)
     if mu is None:
         return l1_sum, n_valid_elements, l1_sum.new_zeros(())
     assert log_sigma_x2 is not None  # both or neither

@@ -24,7 +24,6 @@ import functools
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +31,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lerobot_checkpoint
-from act_model import ACT, ACTConfig, loss_terms
+from act_model import ACT, ACTConfig, loss_terms, valid_elements
 from lerobot_checkpoint import CheckpointError, CheckpointSaver, Normalizer
 from rosbag_dataset import (
     CHOICES,
@@ -49,7 +47,7 @@ from rosbag_dataset import (
     load_episodes,
     settings_from,
 )
-from training import augment, device, feed, identity, metrics, run_dir, summary, trackers, validation
+from training import augment, device, feed, graphs, identity, metrics, run_dir, summary, trackers, validation
 from training.averaging import Average
 from training.checks import check_settings
 from training.errors import ConfigError, Stopped, TrainingError
@@ -134,7 +132,8 @@ class ModelConfig:
 @dataclass
 class TrainingConfig:
     steps: int = setting(5000, "optimizer steps", low=1)
-    batch_size: int = setting(4, "samples per GPU and step", low=1)
+    batch_size: int = setting(4, "samples per GPU and forward pass", low=1)
+    accumulate_steps: int = setting(1, "passes whose gradients one step adds up", low=1)
     lr: float = setting(1e-5, "peak learning rate", low=0.0)
     lr_backbone: float = setting(1e-5, "peak learning rate of the image backbone", low=0.0)
     weight_decay: float = setting(1e-4, "AdamW weight decay", low=0.0)
@@ -154,7 +153,8 @@ class TrainingConfig:
     hold_out: str = setting("bag", "what is never on both sides of the split", choices=("bag", "episode"))
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
-    compile: str = setting("auto", "torch.compile; auto: off", choices=("auto", "true", "false"))
+    ddp_compression: str = setting("none", "how gradients travel between GPUs", choices=("none", "bf16"))
+    compile: str = setting("auto", "torch.compile; auto: CUDA graphs on a GPU", choices=("auto", "true", "false"))
     resume: str = setting("never", "auto (newest checkpoint), never, or a path", path=True, words=("auto", "never"))
     init_from: str | None = setting(None, "policy with whose weights a new run begins", path=True)
     init_stats: str = setting("new", "statistics of the new data, or that policy's", choices=("new", "keep"))
@@ -245,10 +245,9 @@ def lr_factor(step: int, training: TrainingConfig, peak_lr: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    peaks = (training.lr, training.lr_backbone)
-    factors: list[Any] = [functools.partial(lr_factor, training=training, peak_lr=peak) for peak in peaks]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+def learning_rates(step: int, training: TrainingConfig) -> list[float]:
+    """The learning rates in (0-based) step `step`, of the optimizer's groups in their order: the backbone's is last."""
+    return [peak * lr_factor(step, training, peak) for peak in (training.lr, training.lr_backbone)]
 
 
 # -- Weights & Biases ---------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ class Trainer:
         self.settings = dataclasses.asdict(cfg)
         self.say = print if world.is_main else (lambda *values, **options: None)
         self.precision = world.share(device.choose_precision(cfg.training.precision, world.device))  # one for all nodes
-        self.rounding = identity.rounding_conditions(self.settings, world.device, world.size, self.precision)
+        self.rounding = identity.rounding_conditions(self.settings, world, self.precision)
         self.output_dir = Path(cfg.training.output_dir)
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
@@ -375,7 +374,7 @@ class Trainer:
         self.optimizer: Any = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
         # The fused optimizer leaves the weights alone in a step in which this is 1 (it was made for AMP's scaler).
         self.optimizer.found_inf = torch.zeros((), device=world.device)
-        self.scheduler = _build_scheduler(self.optimizer, training)
+        self.asked = torch.zeros((), device=world.device)  # 1 when this rank was asked to stop
 
     def _state(self, validation_due: bool) -> dict[str, Any]:
         """What _resume takes up, on this machine or another."""
@@ -389,7 +388,6 @@ class Trainer:
             **self.average.state(),
             "window": self.window,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "fingerprint": self.fingerprint,
             "environment": self.rounding,
         }
@@ -403,34 +401,24 @@ class Trainer:
         state = self.world.share(state)
         self.model.load_state_dict(state["model"])
         self.average.resume(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        # What Adam remembers of the gradients; the learning rates and the weight decay are the config's.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         self.window.copy_(state["window"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.tracker_ids = {name: state.get(name) for name in ("wandb_id", "mlflow_id")}
         self.validation_due = checkpoint if state["validation_due"] else None
         if changed := identity.differences(state["schedule"], identity.learning_settings(self.settings)):
             self.say(f"note: from here on with other settings: {'; '.join(changed)}")
-            self._apply_learning_settings()
         self.say(f"resuming from {checkpoint} at step {self.step}")
-        if changed := identity.differences(state["environment"], self.rounding):
+        if changed := identity.differences(identity.BEFORE_PARTS | state["environment"], self.rounding):
             self.say(f"note: from here on not bit for bit what an unbroken run gives: {'; '.join(changed)}")
-
-    def _apply_learning_settings(self) -> None:
-        """The config's learning rates and weight decay over those that the optimizer's state brought along."""
-        training = self.cfg.training
-        self.scheduler.base_lrs = [training.lr, training.lr_backbone]
-        for group, lr in zip(self.optimizer.param_groups, (training.lr, training.lr_backbone), strict=True):
-            group["initial_lr"], group["weight_decay"] = lr, training.weight_decay
-            group["lr"] = lr * lr_factor(self.step, training, lr)
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # The loop.
 
     def start(self) -> DataLoader:
         """Make ready for train_step: say what will be trained, compile, wrap; -> the loader of raw batches."""
         world, training = self.world, self.cfg.training
-        self.effective_batch = training.batch_size * world.size
+        self.effective_batch = training.batch_size * training.accumulate_steps * world.size
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if world.is_main:
             where = device.describe(world.device, self.precision, training.compile == "true")
@@ -440,15 +428,12 @@ class Trainer:
             )  # fmt: skip
         if training.compile == "true":
             self.model.compile()
-        self.ddp: torch.nn.Module = self.model
-        if world.size > 1:
-            # A 1x1 convolution's weight has one memory order under two names, about which DDP worries.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            ids = [world.local_rank] if world.device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(self.model, device_ids=ids)
+        step = self._step_on_device
+        self.step_on_device = graphs.launched_once(step, self.optimizer, world, training.compile, self.say)
+        self.ddp = world.parallel(self.model, training.ddp_compression)
         self.stream = feed.SampleStream(
-            len(self.dataset), training.batch_size, world.rank, world.size, training.seed, self.samples_seen,
-            identity.sample_order(self.fingerprint),
+            len(self.dataset), self.effective_batch // world.size, world.rank, world.size, training.seed,
+            self.samples_seen, identity.sample_order(self.fingerprint),
         )  # fmt: skip
         self.model.train()
         return feed.make_loader(self.dataset, self.stream, training.num_workers, world.device)
@@ -532,34 +517,49 @@ class Trainer:
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One optimizer step; -> (2,) on the device: how many ranks were asked to stop, is something not finite."""
-        training, world = self.cfg.training, self.world
+        rates = learning_rates(self.step, self.cfg.training)
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        self.lr = rates[0]
         # Dropout and the VAE's noise depend on seed, step and rank alone, so that no generator state needs saving.
-        torch.manual_seed(feed.step_seed(training.seed, self.step, world.rank))
-        with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
-            prediction, (mu, log_sigma_x2) = self.ddp(batch)
-        l1_sum, n_valid, kl_sum = loss_terms(prediction, batch["action"], batch["action_is_pad"], mu, log_sigma_x2)
-        # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
-        # would weigh their samples differently). DDP averages gradients over the ranks, hence the factor world.size.
-        asked = l1_sum.new_full((), float(bool(self.stop.name)))
-        sums = world.sum(torch.stack([l1_sum.detach(), kl_sum.detach(), n_valid.to(l1_sum.dtype), asked]))
-        l1_loss, kl_loss = sums[0] / sums[2], sums[1] / self.effective_batch
-        loss = world.size * (l1_sum / sums[2] + training.kl_weight * kl_sum / self.effective_batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)
-        # Decided on the device, and for good: not one step is taken on or after a loss or gradient that is not
-        # finite. The sums and the reduced gradients are the same on all ranks, and so is the decision.
-        bad = ~torch.isfinite(l1_loss + kl_loss + grad_norm)
-        self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, bad.float())
-        self.optimizer.step()
-        self.lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        torch.manual_seed(feed.step_seed(self.cfg.training.seed, self.step, self.world.rank))
+        self.asked.fill_(bool(self.stop.name))
+        flags = self.step_on_device(batch)
         self.step += 1
         self.average.update(self.step)
         self.samples_seen += self.effective_batch
+        return flags
+
+    def _step_on_device(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What a CUDA graph repeats: nothing in here reads from the device, and what outlasts it stays in its place."""
+        training, world = self.cfg.training, self.world
+        # Averages are over the *global* batch: sums over all ranks, then one division (a mean of the ranks' means
+        # would weigh their samples differently). How much is valid is known before, and added up during the forward.
+        valid = valid_elements(batch["action"], batch["action_is_pad"])
+        counts = world.begin_sum(torch.stack([valid.float(), self.asked]))
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = []
+        parts = feed.divide(batch, training.accumulate_steps)
+        for i, part in enumerate(parts, 1):
+            with world.exchanging(self.ddp, i == len(parts)):
+                with torch.autocast(world.device.type, self.precision, enabled=self.precision != torch.float32):
+                    prediction, (mu, log_sigma_x2) = self.ddp(part)
+                l1_sum, _, kl_sum = loss_terms(prediction, part["action"], part["action_is_pad"], mu, log_sigma_x2)
+                n_valid, asked = counts()
+                # DDP averages gradients over the ranks, hence the factor world.size.
+                loss = world.size * (l1_sum / n_valid + training.kl_weight * kl_sum / self.effective_batch)
+                loss.backward()
+            terms.append(torch.stack([l1_sum.detach(), kl_sum.detach()]))
+        l1_all, kl_all = world.sum(functools.reduce(torch.add, terms))
+        l1_loss, kl_loss = l1_all / n_valid, kl_all / self.effective_batch
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip_norm)
+        # Decided on the device, and for good: not one step is taken on or after a loss or gradient that is not
+        # finite. The sums and the reduced gradients are the same on all ranks, and so is the decision.
+        self.optimizer.found_inf.masked_fill_(~torch.isfinite(l1_loss + kl_loss + grad_norm), 1.0)
+        self.optimizer.step()
         total = l1_loss + training.kl_weight * kl_loss
         self.window += torch.stack([total, l1_loss, kl_loss, grad_norm, torch.ones_like(total)])
-        return torch.stack([sums[3], self.optimizer.found_inf])
+        return torch.stack([asked, self.optimizer.found_inf])
 
     def _heed(self, read: tuple[int, list[float]] | None) -> bool:
         """-> whether any rank was asked to stop. Raises TrainingError if that step was not finite."""

@@ -39,7 +39,7 @@ from benchmarks import common
 from benchmarks.common import BenchmarkError, Report, say
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import COMPRESSED_TYPE, IMAGE_TYPE, Bag, BagSettings, find_bags, load_episodes, typestore_for
-from training import feed
+from training import feed, graphs
 from training.device import has_fast_bf16
 
 WARM_UP_STEPS = 3
@@ -245,7 +245,8 @@ def synthetic_batch(trainer: train.Trainer, batch_size: int) -> dict[str, torch.
 def time_steps(trainer: train.Trainer, batch: dict[str, torch.Tensor], steps: int) -> float:
     """Seconds per optimizer step on one batch that is there already."""
     device = trainer.world.device
-    for _ in range(WARM_UP_STEPS):
+    repeated = isinstance(trainer.step_on_device, graphs.Repeated)
+    for _ in range(graphs.WARM_UP + graphs.TIMED + 2 if repeated else WARM_UP_STEPS):  # all that is not as later ones
         trainer.train_step(batch)
     common.synchronize(device)
     begin_s = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import InterpolationMode
 
-from tests.tiny import assert_same_run, metrics, run, trainer
+from tests.tiny import Operations, assert_same_run, metrics, run, trainer
 from training import augment
 from training.augment import AugmentationConfig
 
@@ -64,6 +64,15 @@ def test_hue_turns_the_way_that_torchvisions_does():
     for image in (augment.apply(red, {"hue": torch.tensor([0.08])}), tv.adjust_hue(red, 0.08)):
         _, green, blue = image[0, :, 0, 0]
         assert green > blue + 0.1  # towards yellow, not pink
+
+
+def test_augmentation_never_waits_for_the_device(images):
+    """No operation reads from the device, inverts a matrix there or is given constants anew; and they stay few."""
+    amounts = augment.draw(SOME, 4, torch.Generator().manual_seed(0))
+    augment.apply(images, amounts)
+    with Operations() as done:
+        augment.apply(images, amounts)
+    assert not done.waiting and len(done.names) <= 67, len(done.names)
 
 
 @pytest.mark.parametrize(

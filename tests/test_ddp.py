@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
+from act_model import FrozenBatchNorm
 from lerobot_checkpoint import load_policy, load_training_state, verify_checkpoint
 from tests.azurite import free_port
 from tests.once import once
-from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
+from tests.tiny import ROOT, Operations, arguments, assert_same_run, metrics, run, run_process, torchrun, wait_for_step
 from training.failures import collective_fault
+from training.ranks import World
 
 NO_VALIDATION = {"training__val_fraction": 0}
 PLAIN = {"model__dropout": 0, "model__use_vae": "false", "training__log_freq": 1}
@@ -112,6 +115,64 @@ def test_reduced_gradients_and_sgd_steps_agree(sample_bags: Path, tmp_path: Path
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
     worst = max(float((two["weights"][n] - one["weights"][n]).abs().max()) for n in one["weights"])
     assert worst < 1e-6
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """One rank in a process group of its own, which takes itself for one of two."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(rank=0, local_rank=0, size=2, node=0, nodes=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_gradients_alone_travel(alone: World, compression: str):
+    """No buffer is sent in a forward pass, and gradients lie where they are sent from. With bf16 they are rounded to
+    it, else they are those of the model alone, bit for bit."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), FrozenBatchNorm(4), torch.nn.Conv2d(4, 2, 1))
+    parameters, images = list(model.parameters()), torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(images).square().sum(), parameters)
+    ddp = alone.parallel(model, compression)
+    for _ in range(3):  # DDP arranges its buckets anew in the second
+        model.zero_grad(set_to_none=True)
+        with Operations() as done:
+            ddp(images).square().sum().backward()
+    assert any("c10d.allreduce_" in name for name in done.names)
+    assert not [name for name in done.names if "c10d.broadcast" in name]
+    assert len({parameter.grad.untyped_storage().data_ptr() for parameter in parameters}) == 1
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient.bfloat16().float() if compression == "bf16" else gradient)
+
+
+def test_only_the_last_part_s_gradients_travel(alone: World):
+    """Before it, gradients are added up on each rank: one exchange a step, and the same gradients."""
+    model = torch.nn.Linear(3, 2)
+    first, last = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(torch.cat([first, last])).square().sum(), model.weight)[0]
+    ddp = alone.parallel(model, "none")
+    for part, now in ((first, False), (last, True)):
+        with Operations() as done, alone.exchanging(ddp, now):
+            ddp(part).square().sum().backward()
+        assert any("c10d.allreduce_" in name for name in done.names) == now
+    torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_two_ranks_that_round_gradients_and_take_two_parts(sample_bags: Path, tmp_path: Path):
+    """ddp_compression and accumulate_steps: losses are those of one process with the same effective batch, which is
+    said, but for what bfloat16 rounds; the checkpoint says how it came about."""
+    settings = {"training__steps": 4, "training__batch_size": 1, "training__accumulate_steps": 2, **PLAIN}
+    two = run_process(sample_bags, tmp_path / "two", launcher=torchrun(2), training__ddp_compression="bf16", **settings)
+    assert two.returncode == 0, two.stderr
+    assert "effective batch 4 = 1 per GPU x 2 x 2 accumulated" in two.stdout
+    one = run(sample_bags, tmp_path / "one", training__steps=4, training__batch_size=4, **PLAIN)
+    ours, theirs = (metrics(d) for d in (tmp_path / "two/run", one))
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=0.02)
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5) and ours[3]["loss"] != theirs[3]["loss"]
+    assert ours[0]["effective_batch"] == 4
+    state = load_training_state(tmp_path / "two/run/last")
+    assert state["samples_seen"] == 16
+    said = {name: state["environment"][f"training.{name}"] for name in ("ddp_compression", "accumulate_steps")}
+    assert said == {"ddp_compression": "bf16", "accumulate_steps": 2}
 
 
 def test_two_ranks_resume_bit_for_bit(begun: Path, unbroken: Path, sample_bags: Path, tmp_path: Path):

@@ -39,6 +39,23 @@ def test_an_interrupted_run_is_the_same_run(straight: Path, sample_bags: Path, t
     assert_same_run(tmp_path / "run", straight)
 
 
+def test_a_run_in_parts_goes_on_exactly(sample_bags: Path, tmp_path: Path, capsys):
+    """training.accumulate_steps: steps, schedule and saving count optimizer steps, and the place in the data is that of
+    whole ones. Another number of parts is said."""
+    parts = {"training__accumulate_steps": 3, "training__save_freq": 2, "training__log_freq": 1}
+    parts |= {"training__scheduler": "cosine", "training__warmup_steps": 2}
+    unbroken = run(sample_bags, tmp_path / "a", **parts, training__steps=4)
+    shutil.copytree(tmp_path / "a/run", tmp_path / "b/run", symlinks=True)
+    for name in ("checkpoint_000004", "last", "best"):
+        path = tmp_path / "b/run" / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    assert_same_run(run(sample_bags, tmp_path / "b", "--resume", **parts, training__steps=4), unbroken)
+    assert load_training_state(unbroken / "last")["samples_seen"] == 4 * 3 * 2
+    capsys.readouterr()
+    run(sample_bags, tmp_path / "b", "--resume", **parts | {"training__accumulate_steps": 1}, training__steps=5)
+    assert "training.accumulate_steps (was 3, is 1)" in capsys.readouterr().out
+
+
 def test_resume_between_log_lines_keeps_the_half_full_window(sample_bags: Path, tmp_path: Path):
     """Saved at step 3 with log_freq 2: the line of step 4 averages steps 3 and 4, before and after a resume. The
     schedule goes on in the middle of its warm-up."""

@@ -7,6 +7,7 @@ All in float64, so that no weight's rounding is amplified by Adam.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,8 @@ def batch_of(ready, step: int, rows: slice) -> dict[str, torch.Tensor]:
 
 def train_ours(ready, rows: slice) -> dict[str, torch.Tensor]:
     """Five steps on some rows of each batch; -> the weights."""
-    torch.randn_like = lambda x: noise(rows).view_as(x)
+    parts = itertools.cycle(noise(rows).chunk(ready.cfg.training.accumulate_steps))
+    torch.randn_like = lambda x: next(parts).view_as(x)
     for step in range(STEPS):
         assert ready.train_step(batch_of(ready, step, rows)).tolist() == [0, 0]
     return dict(ready.model.named_parameters())
@@ -141,6 +143,14 @@ def test_five_steps_are_those_of_lerobots_loss_and_torchs_optimizer(sample_bags:
     assert_near(train_ours(ready, slice(None)), train_lerobots(ready, policy))
 
 
+def test_five_steps_in_two_parts_are_the_same(sample_bags: Path, tmp_path: Path):
+    """training.accumulate_steps: halves with padding of their own, one loss, one clipping and one step for both."""
+    parts = SETTINGS | {"training__batch_size": BATCH // 2, "training__accumulate_steps": 2}
+    ready = trainer(sample_bags, tmp_path, torch.float64, **parts)
+    policy = lerobot_policy(ready, tmp_path / "lerobot")
+    assert_near(train_ours(ready, slice(None)), train_lerobots(ready, policy))
+
+
 RANK = """
 import json, sys, torch
 from pathlib import Path
@@ -155,11 +165,11 @@ ready.world.close()
 
 
 def test_five_steps_of_two_ranks_are_the_same(sample_bags: Path, tmp_path: Path):
-    """Each has half of the batch, with padding of its own: loss, clipping and step are those of the whole batch."""
+    """Each has half of the batch, in two parts with padding of their own: loss and step are the whole batch's."""
     ready = trainer(sample_bags, tmp_path, torch.float64, **SETTINGS)
     theirs = train_lerobots(ready, lerobot_policy(ready, tmp_path / "lerobot"))
     (tmp_path / "rank.py").write_text(RANK)
-    settings = json.dumps(SETTINGS | {"training__batch_size": BATCH // 2})
+    settings = json.dumps(SETTINGS | {"training__batch_size": BATCH // 4, "training__accumulate_steps": 2})
     done = subprocess.run(
         [*torchrun(2), str(tmp_path / "rank.py"), str(sample_bags), str(tmp_path / "ranks"), settings],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=240,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from lerobot_checkpoint import load_policy, load_training_state
@@ -38,6 +39,26 @@ TINY = {
     "training.device": "cpu",
     "training.precision": "fp32",  # on every machine; bfloat16 is in test_device.py
 }
+
+
+class Operations(TorchDispatchMode):
+    """Inside, `names` collects the operations that are dispatched to a device, those of backward passes included."""
+
+    # What makes the host wait for the device, or copy its own numbers there: torch.tensor begins with "lift_fresh".
+    WAITING = ("_local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "_unique", "lift", "linalg_inv")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+    @property
+    def waiting(self) -> list[str]:
+        """Those that a step must not have."""
+        return [name for name in self.names if any(name.startswith(f"aten.{word}") for word in self.WAITING)]
 
 
 def arguments(bags: Path, folder: Path, flags: tuple[str, ...] = (), **overrides: object) -> list[str]:

@@ -8,6 +8,7 @@
     feed              the order of samples, the loader, frames on the device, batches as the model takes them
     augment           random changes of training images
     device            precision, torch.compile's needs, reading from the device without waiting for it
+    graphs            a step as one CUDA graph
     validation        the policy in float32 on held-out episodes
     initial_weights   the image backbone's weights to start from
     init_from         another policy's weights and statistics to start from

@@ -7,6 +7,7 @@ and dropout's noise is the same with augmentation and without.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -70,13 +71,17 @@ def draw_for(section: AugmentationConfig, cameras: int, batch_size: int, seed: i
 
 
 def apply(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
-    """Change images (B, 3, H, W), floats in [0, 1], by amounts as `draw` makes them; the result is in [0, 1] too.
+    """Change images (B, 3, H, W), float32 in [0, 1], by amounts as `draw` makes them; the result is in [0, 1] too.
 
     Brightness, contrast and saturation are torchvision's adjust_* in this order, but clamped once, at the end. Hue is a
     turn of the chroma plane. Rotation (clockwise), shift and scale are torchvision's affine: about the image's centre,
-    bilinear, black where there was nothing.
+    bilinear, black where there was nothing. The host does not wait for the device.
     """
-    amounts = {name: values.to(images.device, images.dtype, non_blocking=True) for name, values in amounts.items()}
+    if amounts:
+        drawn = torch.stack(list(amounts.values()))
+        if images.is_cuda:
+            drawn = drawn.pin_memory()  # a copy of other memory may wait for what the GPU has to do
+        amounts = dict(zip(amounts, drawn.to(images.device, non_blocking=True), strict=True))
     if any(name in amounts for name in ("brightness", "contrast", "saturation", "hue")):
         images = _change_colours(images, amounts)
     if any(name in amounts for name in GEOMETRY):
@@ -84,40 +89,71 @@ def apply(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
     return images.clamp(0, 1)
 
 
+@functools.cache
+def _colour_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> (luma (3,), four colour matrices (4, 9)): of what a turn keeps, of its cosine, of its sine; and to grey."""
+    to_yiq = torch.tensor(RGB_TO_YIQ, dtype=torch.float64)
+    planes = torch.tensor([
+        [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 0], [0, 0, 1], [0, -1, 0]],
+    ], dtype=torch.float64)  # fmt: skip
+    luma = torch.tensor(LUMA, dtype=torch.float64)
+    matrices = torch.cat([torch.linalg.inv(to_yiq) @ planes @ to_yiq, luma.expand(1, 3, 3)])
+    return luma.float().to(device), matrices.flatten(1).float().to(device)
+
+
 def _change_colours(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
     """All four are affine in the colour, so that each image needs one 3x3 matrix and one offset, and one pass."""
-    B = images.shape[0]
-    luma = images.new_tensor(LUMA)
-    matrix = torch.eye(3, dtype=images.dtype, device=images.device).expand(B, 3, 3)
-    offset = images.new_zeros(B, 1, 1)
-    if "brightness" in amounts:
-        matrix = matrix * amounts["brightness"].view(B, 1, 1)
+    luma, matrices = _colour_constants(images.device)
+    one, offset = images.new_ones(len(images)), None
+    gain = amounts.get("brightness", one)
     if "contrast" in amounts:  # towards the image's mean grey, after the change of brightness
-        factor = amounts["contrast"].view(B, 1, 1)
-        grey = torch.einsum("r,brc,bc->b", luma, matrix, images.mean(dim=(2, 3))).view(B, 1, 1)
-        matrix, offset = matrix * factor, (1 - factor) * grey
-    if "saturation" in amounts:  # towards each pixel's grey: a grey offset passes through
-        factor = amounts["saturation"].view(B, 1, 1)
-        matrix = (factor * torch.eye(3, device=images.device) + (1 - factor) * luma.expand(3, 3)) @ matrix
-    if "hue" in amounts:
-        angle = amounts["hue"] * (2 * math.pi)
-        cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-        turn = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], dim=1).view(B, 3, 3)
-        to_yiq = images.new_tensor(RGB_TO_YIQ)
-        matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq @ matrix
-    return torch.einsum("brc,bchw->brhw", matrix, images) + offset.unsqueeze(-1)
+        grey = gain * (images.mean(dim=(2, 3)) * luma).sum(1)
+        offset = (1 - amounts["contrast"]) * grey  # grey, which neither of the next two changes
+        gain = gain * amounts["contrast"]
+    colour = gain * amounts["saturation"] if "saturation" in amounts else gain  # the rest is each pixel's grey
+    angle = amounts["hue"] * (2 * math.pi) if "hue" in amounts else one - one
+    shares = torch.stack([colour, colour * angle.cos(), colour * angle.sin(), gain - colour], dim=1)  # (B, 4)
+    matrix = (shares.unsqueeze(2) * matrices).sum(1).view(-1, 3, 3)
+    changed = torch.einsum("brc,bchw->brhw", matrix, images)
+    return changed if offset is None else changed + offset.view(-1, 1, 1, 1)
+
+
+@functools.cache
+def _place_constants(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (matrices (6, 6), x (width,), y (height,)) of images of this size; places count from -1 to 1 over each axis.
+
+    The matrices make of cos, cos * dx, cos * dy, sin, sin * dx and sin * dy, in this order and with shifts as parts of
+    width and height, the six numbers that say where each output pixel comes from: the inverse of (rotate, then shift).
+    """
+    tall = height / width
+    matrices = torch.tensor([
+        [1, 0, 0, 0, 1, 0],
+        [0, 0, -2, 0, 0, 0],
+        [0, 0, 0, 0, 0, -2],
+        [0, tall, 0, -1 / tall, 0, 0],
+        [0, 0, 0, 0, 0, 2 / tall],
+        [0, 0, -2 * tall, 0, 0, 0],
+    ])  # fmt: skip
+    x, y = ((torch.arange(n) * 2 + 1) / n - 1 for n in (width, height))
+    return matrices.to(device), x.to(device), y.to(device)
 
 
 def _move(images: Tensor, amounts: dict[str, Tensor]) -> Tensor:
-    """Sample each output pixel where the inverse of (rotate, scale, then shift) says, in pixels about the centre."""
+    """Sample each output pixel where the inverse of (rotate, scale, then shift) says."""
     B, _, height, width = images.shape
-    zeros = images.new_zeros(B)
-    angle = torch.deg2rad(amounts.get("rotate_deg", zeros))
-    scale = amounts.get("scale", zeros + 1).clamp(min=1e-3)
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    dx, dy = amounts.get("translate_x", zeros) * width, amounts.get("translate_y", zeros) * height
-    # affine_grid counts from -1 to 1 over each axis, hence the ratio of the sides.
-    row_x = torch.stack([cos, sin * height / width, -(cos * dx + sin * dy) * 2 / width], dim=1)
-    row_y = torch.stack([-sin * width / height, cos, (sin * dx - cos * dy) * 2 / height], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    matrices, x, y = _place_constants(height, width, images.device)
+    one = images.new_ones(B)
+    angle = torch.deg2rad(amounts["rotate_deg"]) if "rotate_deg" in amounts else one - one
+    turn = torch.stack([angle.cos(), angle.sin()])
+    if "scale" in amounts:
+        turn = turn / amounts["scale"].clamp(min=1e-3)
+    shift = [one, *(amounts.get(name, one - one) for name in ("translate_x", "translate_y"))]
+    products = (turn.unsqueeze(1) * torch.stack(shift)).flatten(0, 1)  # (6, B)
+    rows = (products.unsqueeze(2) * matrices.unsqueeze(1)).sum(0).view(B, 2, 3)
+    # Not by F.affine_grid, whose matrix product is in TF32 on a GPU: a third of a pixel at a width of 640.
+    across = rows[:, :, 0:1] * x  # (B, 2, width)
+    down = rows[:, :, 1:2] * y + rows[:, :, 2:]  # (B, 2, height)
+    places = (across.unsqueeze(2) + down.unsqueeze(3)).permute(0, 2, 3, 1)  # (B, height, width, 2)
+    return F.grid_sample(images, places, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -261,6 +261,14 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def divide(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """A batch's samples in `parts` batches of the same size, in their order."""
+    if parts == 1:
+        return [batch]
+    divided = {name: values.chunk(parts) for name, values in batch.items()}
+    return [{name: values[i] for name, values in divided.items()} for i in range(parts)]
+
+
 def to_model(
     batch: dict[str, torch.Tensor], normalizer: Normalizer, amounts: Sequence[dict[str, torch.Tensor]] = ()
 ) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from rosbag_dataset import (
     split_episodes,
 )
 
+from . import graphs
 from .errors import TrainingError
 from .ranks import World
 
@@ -56,6 +57,9 @@ MAX_STARTS = 100  # starts of episodes that a checkpoint names: 6 kB of its cont
 
 # What a fingerprint means that was made before it had these keys: one bag is one episode.
 BEFORE_CUTTING = {"data.episodes": "bag", "data.trim_still_s": None, "training.hold_out": "bag"}
+
+# What rounding_conditions mean that were recorded before they had these keys.
+BEFORE_PARTS = {"CUDA graph": False, "training.ddp_compression": "none", "training.accumulate_steps": 1}
 
 
 def source_version(root: Path = Path(__file__).parent.parent) -> dict[str, str]:
@@ -177,18 +181,21 @@ def learning_settings(settings: Settings) -> dict[str, Any]:
     return {f"training.{name}": training[name] for name in keys} | {"augmentation": augmentation}
 
 
-def rounding_conditions(settings: Settings, device: torch.device, ranks: int, precision: torch.dtype) -> dict[str, Any]:
+def rounding_conditions(settings: Settings, world: World, precision: torch.dtype) -> dict[str, Any]:
     """What decides how results are rounded, and so whether a resumed run equals an unbroken one to the last bit."""
     return {
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
         "instruction set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
         "compiled": settings["training"]["compile"] == "true",
+        "CUDA graph": graphs.chosen(settings["training"]["compile"], world),
+        "training.ddp_compression": settings["training"]["ddp_compression"] if world.size > 1 else "none",
         "memory format": "channels last",
-        "ranks": ranks,
+        "ranks": world.size,
         "training.batch_size": settings["training"]["batch_size"],
+        "training.accumulate_steps": settings["training"]["accumulate_steps"],
     }
 
 

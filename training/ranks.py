@@ -11,11 +11,13 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError, Stopped
 
@@ -43,13 +45,48 @@ class World:
         if self.store is not None:
             threading.Thread(target=self._watch, name="watch-failures", daemon=True).start()
 
+    # Gradients.
+
+    def parallel(self, model: torch.nn.Module, compression: str) -> torch.nn.Module:
+        """`model` such that a backward pass leaves the gradients' mean over the ranks; itself where there is one rank.
+
+        `compression`: "bf16" rounds what is sent to bfloat16, half the bytes; "none" sends gradients as they are.
+        """
+        if self.size == 1:
+            return model
+        # A 1x1 convolution's weight has one memory order under two names, about which DDP worries.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        ids = [self.local_rank] if self.device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # Buffers are constant (frozen batch norm, positions) and were sent just now: not in every forward pass again.
+        # Set here, because the argument has another name from torch 2.13 on.
+        ddp.broadcast_buffers = False
+        if compression == "bf16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            ddp.register_comm_hook(None, bf16_compress_hook)
+        return ddp
+
+    def exchanging(self, model: torch.nn.Module, now: bool) -> contextlib.AbstractContextManager[object]:
+        """Inside, a backward pass of what `parallel` gave adds up the rank's gradients; `now` it averages them, too."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext()
+
     # Values.
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
+        return self.begin_sum(values)()
+
+    def begin_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to sum over all ranks, in place; -> what waits for the sum and gives it."""
+        work = dist.all_reduce(values, async_op=True) if self.size > 1 else None
+
+        def finish() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return values
+
+        return finish
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""

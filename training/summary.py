@@ -148,9 +148,11 @@ def print_opening(
     """Print what will be trained, on what and for how long; `training` is that section of the configuration."""
     names = ", ".join(e.name for e in held_out) or "none"
     passes = training.steps * effective_batch / samples
+    accumulated = f" x {training.accumulate_steps} accumulated" if training.accumulate_steps > 1 else ""
+    ranks = effective_batch // training.batch_size // training.accumulate_steps
     print(
         f"training {model} for {training.steps} steps; effective batch {effective_batch} = {training.batch_size} per "
-        f"GPU x {effective_batch // training.batch_size}; {samples} samples from {episodes} episodes, {len(held_out)} "
+        f"GPU x {ranks}{accumulated}; {samples} samples from {episodes} episodes, {len(held_out)} "
         f"held out ({names})",
         flush=True,
     )
