@@ -64,7 +64,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
         by_header = f"{len(SCENES) - 1}:-0.05"  # pictures newer than the joints: these are 0.016 s older
         program = ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--by-header", by_header]
         runner = start_in_ros2([*program, "--seconds", "5.5"], arm.domain)
-        output, _ = runner.communicate(timeout=280)
+        output, _ = runner.communicate(timeout=290)
         assert runner.returncode == 0, output
         arm.stop()
         said = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
