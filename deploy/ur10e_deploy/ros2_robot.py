@@ -59,6 +59,7 @@ ANSWER_S = 5.0  # of a service
 SETTLE_S = 2.0  # for what may be there
 WATCH_S, ASK_S = 0.1, 0.5  # how often the graph of nodes is looked at, and the controller manager asked
 SCALING_AGE_S = 1.0  # a hundred that did not come
+ACTIVE_AGE_S = 2.0  # of the controller manager's answer: four that did not come
 LOCK_STEP_S = 60.0  # for one answer of the simulator
 JOINTS = "joint states"
 
@@ -294,8 +295,8 @@ class Ros2Robot:
         active = True
         if LIST_CONTROLLERS in self._watched:
             at_s, active = self._active
-            if now_s - at_s > ANSWER_S:
-                further.append(f"{LIST_CONTROLLERS} has not answered for {ANSWER_S:g} s")
+            if now_s - at_s > ACTIVE_AGE_S:
+                further.append(f"{LIST_CONTROLLERS} has not answered for {ACTIVE_AGE_S:g} s")
         return Status(
             controller_active=active,
             speed_scaling=scaling,
@@ -309,8 +310,7 @@ class Ros2Robot:
         """What is watched from now on, and what is not.
 
         Raises:
-            PolicyError: nobody takes commands, in an order that is not known or another one, or pictures are older than in
-            training.
+            PolicyError: nobody takes commands, or in an unknown order; or pictures are older than in training.
         """
         notes = []
         for topic, what, there in (
