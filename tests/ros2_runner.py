@@ -125,6 +125,7 @@ def main() -> int:
     p.add_argument("--max-age-s", type=float, help="of joint states and pictures, on a machine that is busy")
     p.add_argument("--spoil", action="append", default=[], metavar="SCENE:KIND", help="of the expert: see spoiled()")
     p.add_argument("--by-header", action="append", default=[], metavar="SCENE:S", help="trained so; images that old")
+    p.add_argument("--absent-controller", type=int, action="append", default=[], metavar="SCENE")
     p.add_argument("--next-first", action="store_true", help="begin another scene first: after one that was killed")
     p.add_argument("--minutes", type=float, default=1e9, help="begin no further scene after that time")
     args = p.parse_args()
@@ -132,15 +133,18 @@ def main() -> int:
     runner = PolicyRunner(args.checkpoint, backend="native") if args.checkpoint else None
     with tempfile.TemporaryDirectory() as folder:
         how = Path(folder) / "ros2.yaml"
-        content = {"controller": args.controller, "lock_step": args.lock_step}
+        content: dict[str, Any] = {"lock_step": args.lock_step}
         content |= {"camera_topics": {"color": args.camera_topic}} if args.camera_topic else {}
-        how.write_text(yaml.safe_dump(content))
         if args.next_first:
             next_scene()
         began_s = time.monotonic()
         for scene in range(args.scenes):
             if time.monotonic() - began_s > 60 * args.minutes:
                 break
+            absent = scene in args.absent_controller
+            how.write_text(
+                yaml.safe_dump(content | {"controller": "absent_position_controller" if absent else args.controller})
+            )
             try:
                 said = one_scene(args, scene, runner, how)
             except PolicyError as error:

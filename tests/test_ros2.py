@@ -33,6 +33,7 @@ SCENES = {  # what happens in each scene, one after the other
     "protective stop and release": [f"protective stop:{FAULT_S}:{FAULT_S + 0.3}"],
     "second publisher": [f"joint publisher:{FAULT_S}"],
     "trained by header stamps": [],
+    "another controller": [],
 }
 pytestmark = pytest.mark.xdist_group("ros2")  # one worker runs them: real time, and one domain
 
@@ -61,10 +62,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     faults = [f"{scene}:{fault}" for scene, of in enumerate(SCENES.values()) for fault in of]
     options = ["--joints", ",".join(reversed(JOINT_NAMES)), *(word for fault in faults for word in ("--fault", fault))]
     with Arm(folder, "--lock-step", *SMALL, *options) as arm:
-        by_header = f"{len(SCENES) - 1}:-0.05"  # pictures newer than the joints: these are 0.016 s older
-        program = ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--by-header", by_header]
-        runner = start_in_ros2([*program, "--seconds", "5.5"], arm.domain)
-        output, _ = runner.communicate(timeout=280)
+        by_header, absent = list(SCENES).index("trained by header stamps"), list(SCENES).index("another controller")
+        program = ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--seconds", "5.5"]
+        program += ["--by-header", f"{by_header}:-0.05"]  # pictures newer than the joints: these are 0.016 s older
+        runner = start_in_ros2([*program, "--absent-controller", str(absent)], arm.domain)
+        output, _ = runner.communicate(timeout=290)
         assert runner.returncode == 0, output
         arm.stop()
         said = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
@@ -128,6 +130,13 @@ def test_pictures_older_than_in_training_are_refused(scenes: dict[str, Scene]):
     scene = scenes["trained by header stamps"]
     said = r"camera color: by header stamps its pictures are 0\.0[01]\d s older than the joint states when they arrive"
     assert re.match(said, scene.said["error"]) and not len(scene.log["command_rad"])
+
+
+@needs_ros2
+def test_commands_that_nobody_takes_are_refused(scenes: dict[str, Scene]):
+    """A controller that is not loaded: before the arm is thought to move."""
+    said = scenes["another controller"].said["error"]
+    assert said.startswith("nobody listens to /absent_position_controller/commands; load and activate absent_position")
 
 
 @needs_ros2

@@ -55,10 +55,11 @@ LIST_CONTROLLERS = "/controller_manager/list_controllers"
 UNTIL, NOW = "/lock_step/until", "/lock_step/now"
 
 DISCOVERY_S = 10.0  # nodes find each other within a second or so
-ANSWER_S = 2.0  # of a service
+ANSWER_S = 5.0  # of a service
 SETTLE_S = 2.0  # for what may be there
 WATCH_S, ASK_S = 0.1, 0.5  # how often the graph of nodes is looked at, and the controller manager asked
 SCALING_AGE_S = 1.0  # a hundred that did not come
+ACTIVE_AGE_S = 2.0  # of the controller manager's answer: four that did not come
 LOCK_STEP_S = 60.0  # for one answer of the simulator
 JOINTS = "joint states"
 
@@ -70,7 +71,7 @@ class Ros2Options:
     Attributes:
         controller: takes commands; its kind follows from its name, which ends with position_controller or
             trajectory_controller (scaled_joint_trajectory_controller where the driver still has it).
-        joints: the order of its positions; without, its parameter `joints` is asked for.
+        joints: the order of its positions, where its parameter `joints` cannot be asked for.
         joint_topic, camera_topics: instead of those that training read.
         joint_publishers: how many nodes publish joint_topic; a gripper's driver may be the second one.
         lock_step: see the head of this file.
@@ -211,6 +212,8 @@ class Ros2Robot:
         self._handed_back: Any = None  # answers that are waited for
         self._question: Any = None
         self._publisher: Any = None  # of commands; none where nothing is commanded
+        self._order: list[int] = []  # of the controller's joints, known after check()
+        self._names: list[str] = []
         self._controller_client: Any = None  # none without controller_manager_msgs
         self.clock = LockStepClock(self._move_on) if how.lock_step else WallClock()
 
@@ -274,8 +277,8 @@ class Ros2Robot:
         active = True
         if LIST_CONTROLLERS in self._watched:
             at_s, active = self._active
-            if now_s - at_s > ANSWER_S:
-                further.append(f"{LIST_CONTROLLERS} has not answered for {ANSWER_S:g} s")
+            if now_s - at_s > ACTIVE_AGE_S:
+                further.append(f"{LIST_CONTROLLERS} has not answered for {ACTIVE_AGE_S:g} s")
         return Status(
             controller_active=active,
             speed_scaling=scaling,
@@ -289,7 +292,7 @@ class Ros2Robot:
         """What is watched from now on, and what is not.
 
         Raises:
-            PolicyError: nobody takes commands, in another order, or pictures are older than in training.
+            PolicyError: nobody takes commands, or in an unknown order; or pictures are older than in training.
         """
         notes = []
         for topic, what, there in (
@@ -330,8 +333,8 @@ class Ros2Robot:
         position_rad = np.asarray(position_rad, np.float64)
         if position_rad.shape != (6,) or not np.isfinite(position_rad).all() or others:
             raise ValueError(f"command {position_rad}, {dict(others)}: expected six finite joint positions in rad")
-        if self._halted or self._publisher is None:
-            raise RuntimeError("a command to a robot that was halted, or is only looked at")
+        if self._halted or not self._order:
+            raise RuntimeError("a command to a robot that was halted, is only looked at, or was not checked")
         self._publisher.publish(self._message(position_rad[self._order].tolist()))
         self._sent += 1
 
@@ -387,7 +390,6 @@ class Ros2Robot:
         if self._commanding:
             message_type = ros.JointTrajectory if how.trajectory else ros.Float64MultiArray
             self._publisher = node.create_publisher(message_type, how.command_topic, reliable)
-        self._order, self._names = list(range(6)), list(how.joints or JOINT_NAMES)
         if how.lock_step:
             self._until = node.create_publisher(ros.Float64MultiArray, UNTIL, reliable)
             node.create_subscription(ros.Float64MultiArray, NOW, self._on_now, reliable)
@@ -464,12 +466,14 @@ class Ros2Robot:
             raise PolicyError(f"--ros2: joints are {', '.join(how.joints)}; {how.controller} has {', '.join(said)}")
         if said and not order_of(said):
             raise PolicyError(f"{how.controller} has the joints {', '.join(said)}; expected {', '.join(JOINT_NAMES)}")
-        if not said:
-            notes.append(
-                f"not watched: the order of {how.controller}'s joints: its parameter `joints` was not told; taken as "
-                f"{', '.join(self._names)}"
+        if not said and not how.joints:
+            raise PolicyError(
+                f"{how.controller} does not tell its parameter `joints`, and so in which order it takes positions; "
+                "say joints in the file of --ros2"
             )
-        self._names = list(said) or self._names
+        if not said:
+            notes.append(f"not watched: the order of {how.controller}'s joints: taken from --ros2, it does not tell it")
+        self._names = list(said or how.joints)
         self._order = order_of(self._names)
         return notes
 
