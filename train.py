@@ -154,7 +154,7 @@ class TrainingConfig:
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = setting("auto", "of the forward pass; auto: bf16 where fast", choices=("auto", "bf16", "fp32"))
     ddp_compression: str = setting("none", "how gradients travel between GPUs", choices=("none", "bf16"))
-    compile: str = setting("auto", "torch.compile; auto: CUDA graphs on a GPU", choices=("auto", "true", "false"))
+    compile: str = setting("auto", "torch.compile or CUDA graph; auto: off", choices=("auto", "true", "graph", "false"))
     resume: str = setting("never", "auto (newest checkpoint), never, or a path", path=True, words=("auto", "never"))
     init_from: str | None = setting(None, "policy with whose weights a new run begins", path=True)
     init_stats: str = setting("new", "statistics of the new data, or that policy's", choices=("new", "keep"))
@@ -298,8 +298,8 @@ class Trainer:
         # What can be refused at once is, before an hour of decoding.
         if world.is_main:
             trackers.check_installed(cfg.wandb, cfg.mlflow)
-        if cfg.training.compile == "true":
-            device.check_compiler(world.device)
+        device.check_compiler(cfg.training.compile, world.device)
+        graphs.check(cfg.training.compile, world)
         state = lerobot_checkpoint.load_training_state(resume_from) if world.is_main and resume_from else None
         settings = cfg, act_config(cfg), bag_settings(cfg)
         self.origin: Origin = world.share(find_origin(*settings, resume_from, state) if world.is_main else None)

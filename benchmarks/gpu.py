@@ -265,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget-s", type=float, default=450.0, help="no part begins later than this, s (default: %(default)s)")
     add("--peak-tflops", type=float, help="the chip's dense bf16 rate, to say the share that is reached; H100: 989")
     add(
-        "--compile", nargs="+", default=["false", "auto"], metavar="VALUE",
-        help="values of training.compile to measure (default: false auto)",
+        "--compile", nargs="+", default=["false", "graph"], metavar="VALUE",
+        help="values of training.compile to measure (default: false graph)",
     )  # fmt: skip
     add("--run-steps", type=whole(2), default=500, help="steps of a run of train.py (default: %(default)s)")
     add("--largest-batch", type=whole(1), default=1024, help="where doubling ends at last (default: %(default)s)")

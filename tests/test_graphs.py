@@ -15,8 +15,9 @@ import torch._dynamo.config
 
 import train
 from lerobot_checkpoint import load_training_state
-from tests.tiny import Operations, assert_same_run, run, trainer
+from tests.tiny import Operations, arguments, assert_same_run, run, trainer
 from training import graphs, identity
+from training.errors import ConfigError
 from training.ranks import World
 
 # The default network's layers, at a width that costs nothing: operations are counted, not computed.
@@ -167,22 +168,24 @@ def test_another_size_of_batch_is_captured_anew(captured):
     assert captured.count("captured") == 2
 
 
-def test_only_a_gpu_gets_graphs(sample_bags: Path, tmp_path: Path, monkeypatch):
-    """Of one machine, with training.compile auto: else ranks would wait in it for a machine that is lost, and nobody
-    would notice. On resume such a change of rounding is said."""
+def test_only_gpus_of_one_machine_get_graphs(sample_bags: Path, tmp_path: Path, capsys):
+    """Where it is asked for: else ranks would wait in it for a machine that is lost, and nobody would notice. On resume
+    such a change of rounding is said."""
     ready = trainer(sample_bags, tmp_path)
     assert ready.step_on_device == ready._step_on_device
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-
-    def graph(kind: str, compiled: str, nodes: int) -> bool:
+    for compiled in ("auto", "graph"):
         settings = ready.settings | {"training": ready.settings["training"] | {"compile": compiled}}
-        world = World(rank=0, local_rank=0, size=4, node=0, nodes=nodes)
-        world.device = torch.device(kind)
-        return identity.rounding_conditions(settings, world, torch.float32)["CUDA graph"]
-
-    assert graph("cuda", "auto", 1)
-    others = [("cuda", "false", 1), ("cuda", "true", 1), ("cuda", "auto", 2), ("cpu", "auto", 1)]
-    assert not any(graph(*other) for other in others)
+        conditions = identity.rounding_conditions(settings, ready.world, torch.float32)
+        assert conditions["CUDA graph"] == (compiled == "graph")
+    world = World(rank=0, local_rank=0, size=4, node=0, nodes=2)
+    world.device = torch.device("cuda")
+    graphs.check("auto", world)
+    with pytest.raises(ConfigError, match="graph is for NVIDIA GPUs of one machine, and this is 2 machines"):
+        graphs.check("graph", world)
+    world.nodes = 1
+    graphs.check("graph", world)
+    assert train.main(arguments(sample_bags, tmp_path / "cpu", training__compile="graph")) == 1
+    assert "training.compile: graph is for NVIDIA GPUs of one machine, and this is cpu" in capsys.readouterr().err
 
 
 def test_an_optimizer_from_elsewhere_goes_on(sample_bags: Path, tmp_path: Path, monkeypatch):

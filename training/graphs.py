@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import ConfigError
 from .ranks import World
 
 Step = Callable[[dict[str, Tensor]], Tensor]
@@ -23,21 +24,28 @@ WARM_UP = 11
 TIMED = 5  # the last of these, and as many of the first repetitions, whose times are compared
 
 
-def chosen(compiled: str, world: World) -> bool:
-    """Whether the steps of a run are repeated: with training.compile `auto`, on NVIDIA GPUs of one machine.
+def check(compiled: str, world: World) -> None:
+    """Check that training.compile `graph` is asked of NVIDIA GPUs of one machine.
 
     Nobody watches a collective inside a graph: when a machine is lost, the others would wait for it for ever. (Ranks on
     one machine are ended by their torchrun.)
+
+    Raises:
+        ConfigError: it is not.
     """
-    return compiled == "auto" and world.device.type == "cuda" and world.nodes == 1
+    if compiled == "graph" and (world.device.type != "cuda" or world.nodes > 1):
+        found = f"{world.nodes} machines" if world.nodes > 1 else world.device.type
+        raise ConfigError(
+            f"training.compile: graph is for NVIDIA GPUs of one machine, and this is {found}; set it to auto"
+        )
 
 
 def launched_once(step: Step, optimizer: Any, world: World, compiled: str, say: Callable[[str], object]) -> Step:
-    """`step` as a Repeated where that is `chosen`, else as it is.
+    """`step` as a Repeated with training.compile `graph`, else as it is.
 
     Call it before DDP wraps the model, and before the first step.
     """
-    if not chosen(compiled, world):
+    if compiled != "graph":
         return step
     # A capture refuses the default stream, and what was made in any other than its own (DDP's and autograd's nodes for
     # the weights are): so from here on the run has this one.

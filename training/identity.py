@@ -34,7 +34,6 @@ from rosbag_dataset import (
     split_episodes,
 )
 
-from . import graphs
 from .errors import TrainingError
 from .ranks import World
 
@@ -190,7 +189,7 @@ def rounding_conditions(settings: Settings, world: World, precision: torch.dtype
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
         "compiled": settings["training"]["compile"] == "true",
-        "CUDA graph": graphs.chosen(settings["training"]["compile"], world),
+        "CUDA graph": settings["training"]["compile"] == "graph",
         "training.ddp_compression": settings["training"]["ddp_compression"] if world.size > 1 else "none",
         "memory format": "channels last",
         "ranks": world.size,
