@@ -350,8 +350,8 @@ def serve(controller, host, until_eof, running):
     print(f"ready at {host}", flush=True)
     began_s, number = time.perf_counter(), 0
     while running.is_set():
-        left_s = began_s + number / CONTROL_HZ - time.perf_counter()
-        for key, _ in selector.select(max(left_s, 0.0)):
+        due_s = began_s + number / CONTROL_HZ
+        for key, _ in selector.select(max(due_s - time.perf_counter(), 0.0)):
             connection = key.fileobj
             if connection is sys.stdin:
                 if not os.read(sys.stdin.fileno(), 4096):
@@ -371,7 +371,7 @@ def serve(controller, host, until_eof, running):
                     data = b""
                 if not data:
                     close(connection)
-        if left_s > 0 and time.perf_counter() < began_s + number / CONTROL_HZ:
+        if time.perf_counter() < due_s:
             continue  # somebody spoke; it is not time yet
         controller.cycle()
         number += 1

@@ -32,7 +32,7 @@ FPS, CHUNK = 30.0, 40
 SIGNS = (-1.0, 1.0, 1.0, 1.0, 1.0, -1.0)  # of contract(): the last is the pan joint's, which moves most
 HZ = 125.0  # of commands: the slowest, and so the cheapest
 # In real time, on a machine that does other things, too: late is not wrong.
-BUSY_AGES, BUSY = AgeLimits(5.0, 5.0), {"max_gap_s": 1e9, "recover_s": 20.0}
+BUSY_AGES, BUSY = AgeLimits(10.0, 10.0), {"max_gap_s": 1e9, "recover_s": 20.0}
 
 
 def contract(action_mode: str = "absolute", others: Sequence[str] = (), **changes: Any) -> RobotContract:
@@ -157,6 +157,12 @@ class RtdeArm:
         return np.abs(np.diff(self.path_rad, axis=0)).max(axis=1) * 500
 
 
+def open_rtde(arm: RtdeArm, hz: float = HZ, others: tuple[str, ...] = (), **extra: Any) -> Robot:
+    """`--robot rtde`, with its camera; `extra` changes what it is told."""
+    said = {"host": arm.host, "camera": [f"color={arm.camera}"]} | extra
+    return open_robot("rtde", RobotOptions(hz, True, {"color": (32, 48)}, others, said))
+
+
 def make_rtde_loop(
     arm: RtdeArm, extra: Mapping[str, Any] | None = None, **settings: Any
 ) -> tuple[ControlLoop, Robot]:  # fmt: skip
@@ -164,9 +170,8 @@ def make_rtde_loop(
 
     What a busy machine makes late stops nothing: its periods are missed, and the arm is slower.
     """
-    how = ControlSettings(fps=FPS, duration_s=90, **BUSY | {"command_hz": HZ, "speed_fraction": 1.0} | settings)
-    said = {"host": arm.host, "camera": [f"color={arm.camera}"], "watchdog_hz": 1.0, "lost_s": 5.0} | dict(extra or {})
-    robot = open_robot("rtde", RobotOptions(how.command_hz, True, {"color": (32, 48)}, (), said))
+    how = ControlSettings(fps=FPS, duration_s=200, **BUSY | {"command_hz": HZ, "speed_fraction": 1.0} | settings)
+    robot = open_rtde(arm, how.command_hz, **{"watchdog_hz": 0.25, "lost_s": 10.0} | dict(extra or {}))
     resting = []
 
     def until_it_rests(number: int, chunk: np.ndarray) -> np.ndarray:

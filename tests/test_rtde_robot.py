@@ -25,7 +25,7 @@ from ur10e_deploy.robot import RobotOptions, open_robot
 from sim.rtde_arm import LOST, PROTECTIVE, SLOWED, WATCHED
 from sim.scene import Renderer
 from sim.world import World, judge
-from tests.robots import HZ, RtdeArm, contract, make_rtde_loop
+from tests.robots import HZ, RtdeArm, contract, make_rtde_loop, open_rtde
 from tests.test_limiter import assert_kept
 from ur10e import tool_tip
 
@@ -46,6 +46,8 @@ def test_the_expert_does_its_task_through_rtde(tmp_path: Path):
     with RtdeArm(tmp_path) as arm:
         loop, robot = make_rtde_loop(arm, {"servo_lookahead_s": 0.05, "servo_gain": 500.0})
         with closing(robot):
+            with pytest.raises(PolicyError, match="a program runs on the robot; stop it"):
+                open_rtde(arm)
             loop.run()
             seen = robot.pictures()["color"].rgb
     assert loop.orderly and loop.ended == "it is there"
@@ -117,28 +119,22 @@ def test_a_dry_run_uploads_no_program_and_what_is_wrong_is_one_line(tmp_path: Pa
     assert (said["host"], said["servo_gain"], said["camera"], said["commanding"]) == ("h", 400, ["color=2"], False)
     assert run.robot_options(run.parser().parse_args(command), contract(), ()).extra["commanding"]
     with RtdeArm(tmp_path) as arm:
-        good = {"host": arm.host, "camera": [f"color={arm.camera}"], "commanding": False}
-
-        def options(others: tuple[str, ...] = (), **changes: Any) -> RobotOptions:
-            return RobotOptions(HZ, True, {"color": (32, 48)}, others, good | changes)
-
-        wrong = {
-            "--host is missing": options(host=None),
-            "--host 127.0.0.1: nobody answers at port 30004 (RTDE)": options(host="127.0.0.1"),
-            "--camera: found none; expected one for each of color": options(camera=None),
-            "--camera color: expected NAME=SOURCE": options(camera=["color"]),
-            "color is a already": options(camera=["color=a", "color=b"]),
-            "--camera color=/dev/none: OpenCV cannot open it": options(camera=["color=/dev/none"]),
-            "--servo-gain is 5; expected 100 to 2000": options(servo_gain=5.0),
-            "the policy has gripper, and RTDE brings joints alone": options(others=("gripper",)),
+        wrong: dict[str, dict[str, Any]] = {
+            "--host is missing": dict(host=None),
+            "--host 127.0.0.1: nobody answers at port 30004 (RTDE)": dict(host="127.0.0.1"),
+            "--camera: found none; expected one for each of color": dict(camera=None),
+            "--camera color: expected NAME=SOURCE": dict(camera=["color"]),
+            "color is a already": dict(camera=["color=a", "color=b"]),
+            "--camera color=/dev/none: OpenCV cannot open it": dict(camera=["color=/dev/none"]),
+            "--servo-gain is 5; expected 100 to 2000": dict(servo_gain=5.0),
+            "the policy has gripper, and RTDE brings joints alone": dict(others=("gripper",)),
         }
-        for message, bad in wrong.items():
+        for message, changes in wrong.items():
             with pytest.raises(PolicyError) as caught:
-                open_robot("rtde", bad)
+                open_rtde(arm, commanding=False, **changes)
             assert message in str(caught.value) and "\n" not in str(caught.value)
-        robot = open_robot("rtde", options())
-        assert robot.status().troubles() == []
-        robot.close()
+        with closing(open_rtde(arm, commanding=False)) as robot:
+            assert robot.status().troubles() == []
     assert not arm.events and not len(arm.received)
 
 

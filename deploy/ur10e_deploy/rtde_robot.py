@@ -207,13 +207,13 @@ def open_robot(options: RobotOptions) -> RtdeRobot:
     servo_lookahead_s; tests change watchdog_hz and lost_s.
 
     Raises:
-        PolicyError: ur_rtde is not there, an option is wrong, or robot or camera do not answer.
+        PolicyError: ur_rtde is not there, an option is wrong, robot or camera do not answer, or another program runs.
     """
     try:
         # Their names on the package index are one: ur-rtde.
-        from dashboard_client import DashboardClient  # ty: ignore[unresolved-import]
-        from rtde_control import RTDEControlInterface  # ty: ignore[unresolved-import]
-        from rtde_receive import RTDEReceiveInterface  # ty: ignore[unresolved-import]
+        from dashboard_client import DashboardClient  # ty: ignore[import-not-found]
+        from rtde_control import RTDEControlInterface  # ty: ignore[import-not-found]
+        from rtde_receive import RTDEReceiveInterface  # ty: ignore[import-not-found]
     except ImportError as error:
         raise PolicyError(
             f"--robot rtde: ur_rtde cannot be imported ({error}); install it: pip install ur-rtde==1.6.5, which has "
@@ -251,6 +251,8 @@ def open_robot(options: RobotOptions) -> RtdeRobot:
     receive = cameras = None
     try:
         receive = RTDEReceiveInterface(host, options.command_hz, VARIABLES)
+        if commanding and receive.getRuntimeState() != STOPPED:  # ur_rtde would end it without a word
+            raise PolicyError(f"--host {host}: a program runs on the robot; stop it on the pendant, or add --dry-run")
         cameras = Cameras(sources, options.cameras, clock.now_s)
         control = RTDEControlInterface(host, options.command_hz) if commanding else None
     except Exception as error:  # ur_rtde's are of many kinds
