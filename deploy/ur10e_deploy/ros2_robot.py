@@ -132,7 +132,8 @@ def read_options(path: Path | None) -> Ros2Options:
         fits, words = expected[name]
         if not fits(value):
             raise PolicyError(f"--ros2 {path}: {name} is {value!r}; expected {words}")
-    return Ros2Options(**content | ({"joints": tuple(content["joints"])} if "joints" in content else {}))
+    values: dict[str, Any] = content | {"joints": tuple(content.get("joints", ()))}
+    return Ros2Options(**values)
 
 
 def _is_topic(value: Any) -> bool:
@@ -641,16 +642,16 @@ def import_ros() -> SimpleNamespace:
         PolicyError: rclpy or a message of ROS 2's own cannot be imported.
     """
     try:
-        import rclpy  # ty: ignore[unresolved-import]
-        from builtin_interfaces.msg import Duration  # ty: ignore[unresolved-import]
-        from rcl_interfaces.srv import GetParameters  # ty: ignore[unresolved-import]
-        from rclpy.context import Context  # ty: ignore[unresolved-import]
-        from rclpy.executors import SingleThreadedExecutor  # ty: ignore[unresolved-import]
-        from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # ty: ignore[unresolved-import]
-        from sensor_msgs.msg import CompressedImage, Image, JointState  # ty: ignore[unresolved-import]
-        from std_msgs.msg import Bool, Float64, Float64MultiArray  # ty: ignore[unresolved-import]
-        from std_srvs.srv import Trigger  # ty: ignore[unresolved-import]
-        from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # ty: ignore[unresolved-import]
+        import rclpy  # ty: ignore[import-not-found]
+        from builtin_interfaces.msg import Duration  # ty: ignore[import-not-found]
+        from rcl_interfaces.srv import GetParameters  # ty: ignore[import-not-found]
+        from rclpy.context import Context  # ty: ignore[import-not-found]
+        from rclpy.executors import SingleThreadedExecutor  # ty: ignore[import-not-found]
+        from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # ty: ignore[import-not-found]
+        from sensor_msgs.msg import CompressedImage, Image, JointState  # ty: ignore[import-not-found]
+        from std_msgs.msg import Bool, Float64, Float64MultiArray  # ty: ignore[import-not-found]
+        from std_srvs.srv import Trigger  # ty: ignore[import-not-found]
+        from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # ty: ignore[import-not-found]
     except ImportError as error:
         raise PolicyError(
             f"--robot ros2: {error.name or 'rclpy'} cannot be imported by this Python "
@@ -658,11 +659,11 @@ def import_ros() -> SimpleNamespace:
             "(source /opt/ros/DISTRO/setup.bash), whose Python must be of the same version"
         ) from None
     try:
-        from ur_dashboard_msgs.msg import RobotMode, SafetyMode  # ty: ignore[unresolved-import]
+        from ur_dashboard_msgs.msg import RobotMode, SafetyMode  # ty: ignore[import-not-found]
     except ImportError:
         RobotMode = SafetyMode = None
     try:
-        from controller_manager_msgs.srv import ListControllers  # ty: ignore[unresolved-import]
+        from controller_manager_msgs.srv import ListControllers  # ty: ignore[import-not-found]
     except ImportError:
         ListControllers = None
     return SimpleNamespace(
