@@ -66,7 +66,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
         program = ["-m", "tests.ros2_runner", "--lock-step", "--scenes", str(len(SCENES)), "--seconds", "5.5"]
         program += ["--by-header", f"{by_header}:-0.05"]  # pictures newer than the joints: these are 0.016 s older
         runner = start_in_ros2([*program, "--absent-controller", str(absent)], arm.domain)
-        output, _ = runner.communicate(timeout=290)
+        try:
+            output, _ = runner.communicate(timeout=290)
+        finally:
+            runner.kill()  # one that did not end in time
         assert runner.returncode == 0, output
         arm.stop()
         said = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
