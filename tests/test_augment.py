@@ -72,7 +72,7 @@ def test_augmentation_never_waits_for_the_device(images):
     augment.apply(images, amounts)
     with Operations() as done:
         augment.apply(images, amounts)
-    assert not done.waiting and len(done.names) <= 67, len(done.names)
+    assert not done.waiting and len(done.launched) <= 67, len(done.launched)
 
 
 @pytest.mark.parametrize(

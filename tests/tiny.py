@@ -42,7 +42,10 @@ TINY = {
 
 
 class Operations(TorchDispatchMode):
-    """Inside, `names` collects the operations that are dispatched to a device, those of backward passes included."""
+    """Inside, `names` collects the operations that are dispatched, those of backward passes included.
+
+    `launched` are those of them that a GPU's host launches: not views, and not what only reserves memory.
+    """
 
     # What makes the host wait for the device, or copy its own numbers there: torch.tensor begins with "lift_fresh".
     WAITING = ("_local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "_unique", "lift", "linalg_inv")
@@ -50,9 +53,13 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.launched: list[str] = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.append(str(operation))
+        self.names.append(name := str(operation))
+        only_memory = operation.is_view or "empty" in name or "_unsafe_view" in name
+        if name.startswith("aten.") and not only_memory:
+            self.launched.append(name)
         return operation(*args, **(kwargs or {}))
 
     @property
