@@ -186,7 +186,7 @@ def test_without_rclpy_one_line_says_what_to_source(
     with pytest.raises(PolicyError, match=r"the policy has states that are no joints \(gripper\)"):
         open_robot("ros2", RobotOptions(HZ, True, {"color": (32, 48)}, ("gripper",), extra))
     assert run.main(["--checkpoint", "none", "--robot", "sim", "--ros2", "x.yaml"]) == 1
-    assert "error: --ros2 x.yaml: is for --robot ros2, and --robot is sim" in capsys.readouterr().err
+    assert "error: --ros2: is of --robot ros2, not of sim" in capsys.readouterr().err
 
 
 def test_topics_are_those_that_training_read():
