@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lerobot_checkpoint import CONFIG_FILE, TRAIN_CONFIG_FILE, LoadedPolicy, find_pretrained, read_json
 from rosbag_dataset import CHOICES, NEXT_STATE, UR_JOINTS, action_unit, wrap_to_pi
@@ -262,6 +263,24 @@ class RobotContract:
         of = [[limit for joint, limit in limits.items() if name.endswith(joint)] for name in names]
         high = np.array([found[0] if found else np.inf for found in of])
         return -high, high
+
+
+def read_options_file(option: str, path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """The mapping that a YAML file for `--option FILE` holds; {} for an empty one.
+
+    Raises:
+        PolicyError: it cannot be read, is no mapping, or has a key that is not `known`.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PolicyError(f"{option} {path}: cannot be read ({error})") from None
+    if not isinstance(content, dict) or (unknown := [str(k) for k in content if k not in known]):
+        raise PolicyError(
+            f"{option} {path}: found {', '.join(unknown) if isinstance(content, dict) else type(content).__name__}; "
+            f"expected some of {', '.join(known)}"
+        )
+    return content
 
 
 def has_contract(checkpoint: Path) -> bool:

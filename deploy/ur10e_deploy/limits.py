@@ -11,11 +11,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ur10e import DH_A_M, DH_D_M, POSITION_LIMIT_RAD, SPEED_LIMIT_RAD_S, TOOL_LENGTH_M
 
-from .config import PolicyError
+from .config import PolicyError, read_options_file
 
 # Universal Robots publish positions and speeds (ur10e.py), but "the robot does not inherently have any limits on joint
 # accelerations (only on torques)": so says their driver's ur_moveit_config/config/joint_limits.yaml, which chose 5.0
@@ -97,16 +96,7 @@ def read_limits(path: Path | None) -> Limits:
     limits = default_limits()
     if path is None:
         return limits
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PolicyError(f"--limits {path}: cannot be read ({error})") from None
-    known = [f.name for f in fields(Limits)]
-    if not isinstance(content, dict) or (unknown := [str(k) for k in content if k not in known]):
-        raise PolicyError(
-            f"--limits {path}: found {', '.join(unknown) if isinstance(content, dict) else type(content).__name__}; "
-            f"expected some of {', '.join(known)}"
-        )
+    content = read_options_file("--limits", path, [f.name for f in fields(Limits)])
     changed: dict[str, np.ndarray | float] = {}
     for name, value in content.items():
         default = getattr(limits, name)

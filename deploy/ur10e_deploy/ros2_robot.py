@@ -36,12 +36,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rosbag_dataset import COMPRESSED_TYPE, IMAGE_TYPE, BagError, read_image
 from ur10e import JOINT_NAMES
 
-from .config import PolicyError, RobotContract
+from .config import PolicyError, RobotContract, read_options_file
 from .recording import recorded_topics
 from .robot import JointReading, Picture, RobotOptions, Status, WallClock
 
@@ -103,16 +102,7 @@ def read_options(path: Path | None) -> Ros2Options:
     """
     if path is None:
         return Ros2Options()
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PolicyError(f"--ros2 {path}: cannot be read ({error})") from None
-    known = [f.name for f in fields(Ros2Options)]
-    if not isinstance(content, dict) or (unknown := [str(k) for k in content if k not in known]):
-        raise PolicyError(
-            f"--ros2 {path}: found {', '.join(unknown) if isinstance(content, dict) else type(content).__name__}; "
-            f"expected some of {', '.join(known)}"
-        )
+    content = read_options_file("--ros2", path, [f.name for f in fields(Ros2Options)])
 
     def is_names(value: Any) -> bool:
         return isinstance(value, list) and bool(order_of(value))
