@@ -165,6 +165,7 @@ class Ros2Arm:
             command_s=np.array([at_s for at_s, _ in self._commands]),
             command_rad=np.array([q for _, q in self._commands]).reshape(-1, 6),
             moved_s=np.nan if self._moved_s is None else self._moved_s, success=self.world.outcome().success,
+            program_running=self._program,
         )  # fmt: skip
         part.replace(file)
 

@@ -120,6 +120,7 @@ def test_a_halt_ends_the_robots_program(what: str, scenes: dict[str, Scene]):
     scene = scenes[what]
     why = "speed scaling is 0%" if "stop" in what else "2 nodes publish /joint_states, expected 1"
     assert why in scene.said["ended"] and scene.said["stops"][-1]["kind"] == "halted"
+    assert not scene.log["program_running"], "the robot's program would follow the last command"
     path, hz = scene.log["path_rad"], scene.log["path_hz"]
     halted = int(scene.log["command_s"][-1] * hz) + 1
     assert len(path) - halted > 0.5 * hz  # released 0.3 s after the stop: that is in the log
