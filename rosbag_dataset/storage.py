@@ -54,7 +54,8 @@ class SlowAtRandom(Exception):
 
 def connect(file: Path) -> sqlite3.Connection:
     """Open a .db3 that nobody writes to."""
-    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1", uri=True)
+    # One thread at a time uses it, but the one that collects garbage may close it.
+    return sqlite3.connect(f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1", uri=True, check_same_thread=False)
 
 
 class Sqlite3Storage:

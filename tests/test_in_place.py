@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -206,6 +207,21 @@ def test_few_files_are_open_and_none_is_mapped(tmp_path, monkeypatch):
     assert not any(str(file) in maps for bag in find_bags(tmp_path / "bags") for file in bag.files)
     del dataset
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_threads_garbage_collection_closes_the_files(tmp_path, monkeypatch):
+    """sqlite's connections ask by default to be closed where they were opened; Python collects garbage anywhere."""
+    write_bag(tmp_path / "bags" / "a", TAKE.messages())
+    _, in_bags = both_ways(tmp_path / "bags")
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    before = len(os.listdir("/proc/self/fd"))
+    held = [ChunkDataset(in_bags, 4)]
+    held[0][0]
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert not complaints and len(os.listdir("/proc/self/fd")) == before
 
 
 # -- a bag that changed -------------------------------------------------------------------------------------------
