@@ -59,6 +59,7 @@ SUMMARY = "test_train.py::test_the_summary_errors_are_those_of_the_saved_checkpo
 MODES = "test_deploy_policy.py::test_modes_are_lerobots_select_action"
 STREAM = "test_limiter.py::test_a_stream_within_the_limits_is_passed_on_bit_by_bit"
 SILENT = "test_control.py::test_what_falls_silent_stops_the_arm_within_its_limits[camera dies]"
+ROS2_HALT = "test_ros2.py::test_a_halt_ends_the_robots_program"
 RTDE_FAULT = "test_rtde_robot.py::test_a_fault_while_it_moves_halts_the_arm_for_good"
 STOPPED = "test_control.py::test_a_robot_that_stops_by_itself_is_never_moved_again[protective stop]"
 PERCENTILES = "test_deploy_policy.py::test_percentiles_are_observed_values"
@@ -772,6 +773,29 @@ MUTANTS = [
     Mutant("robot: a camera that fails is given up", "deploy/ur10e_deploy/cameras.py",
            "                capture = _open(source, shape)\n", "                return\n",
            "test_rtde_robot.py::test_a_camera_that_ends_is_opened_again"),
+    Mutant("robot: over ROS 2 a halt leaves the robot's program running", "deploy/ur10e_deploy/ros2_robot.py",
+           "if self._commanding and self._hand_back.service_is_ready():", "if False:",
+           f"{ROS2_HALT}[protective stop and release]"),
+    Mutant("robot: the driver's speed scaling is not looked at", "deploy/ur10e_deploy/ros2_robot.py",
+           "            scaling = percent / 100\n", "", f"{ROS2_HALT}[protective stop and release]"),
+    Mutant("robot: a second arm may publish joint states", "deploy/ur10e_deploy/ros2_robot.py",
+           "> how.joint_publishers:", "> 99:", f"{ROS2_HALT}[second publisher]"),
+    Mutant("robot: positions go to the controller in our order", "deploy/ur10e_deploy/ros2_robot.py",
+           "position_rad[self._order]", "position_rad", "test_ros2.py::test_the_expert_does_its_task_over_ros_2"),
+    Mutant("robot: a picture is as young as when it was looked at", "deploy/ur10e_deploy/ros2_robot.py",
+           "return {camera: self._arrived[camera][0] for", "return {camera: self.clock.now_s() for",
+           "test_ros2.py::test_a_camera_that_dies_holds_the_arm"),
+    Mutant("robot: joint states are as young as when they were looked at", "deploy/ur10e_deploy/ros2_robot.py",
+           "        return JointReading(stamp_s, ", "        return JointReading(self.clock.now_s(), ",
+           "test_ros2.py::test_joint_states_that_come_back_go_on"),
+    Mutant("robot: pictures may be older than in training", "deploy/ur10e_deploy/ros2_robot.py",
+           "if here_s > most_s:", "if False:", "test_ros2.py::test_pictures_older_than_in_training_are_refused"),
+    Mutant("robot: nobody need listen to the commands", "deploy/ur10e_deploy/ros2_robot.py",
+           "if not self._publisher.get_subscription_count():", "if False:",
+           "test_ros2.py::test_commands_that_nobody_takes_are_refused"),
+    Mutant("robot: a trajectory's point is a second away", "deploy/ur10e_deploy/ros2_robot.py",
+           "divmod(round(1e9 / self._options.command_hz), 10**9)", "1, 0",
+           "test_ros2.py::test_a_runner_that_is_killed_leaves_an_arm_that_goes_to_its_last_command_and_stands"),
     # On OSMO.
     Mutant("osmo: file cache counts as memory in use", "osmo/heartbeat.py", "0) - cache", "0)",
            f"{ATTEMPTS}[full of file cache]"),

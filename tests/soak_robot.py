@@ -77,12 +77,12 @@ def sent(robot: SimRobot) -> np.ndarray:
 
 def policy_loop(
     runner: PolicyRunner, episode: int, seam: str = "cross-fade", smooth_frames: float | None = None,
-    limits: Limits | None = None, real_time: bool = False, latency_s: float = 0.0, **settings: Any,
+    limits: Limits | None = None, real_time: bool = False, latency_s: float = 0.0, hz: float = HZ, **settings: Any,
 ) -> tuple[ControlLoop, SimRobot]:  # fmt: skip
     """The checkpoint's loop, as `ur10e_deploy.run` puts it together, on a scene of sim.rollout's."""
     ((camera, (height, width)),) = runner.contract.cameras.items()
-    how = ControlSettings(fps=runner.contract.fps or 30.0, command_hz=HZ, **settings)
-    robot = SimRobot(World(SEED, episode, height, width, control_hz=HZ), camera, real_time)
+    how = ControlSettings(fps=runner.contract.fps or 30.0, command_hz=hz, **settings)
+    robot = SimRobot(World(SEED, episode, height, width, control_hz=hz), camera, real_time)
     thinker = Thinker(runner, not real_time, lambda _: latency_s)
     playback = Playback(seam, **({} if smooth_frames is None else {"smooth_frames": smooth_frames}))
     watchdog = Watchdog(AgeLimits(), runner.contract.cameras)
@@ -265,6 +265,7 @@ def jitter(args: argparse.Namespace) -> bool:
         runner,
         0,
         real_time=True,
+        hz=args.command_hz,
         max_gap_s=1e9,
         duration_s=args.seconds,
         replan_frames=runner.n_action_steps,
@@ -329,9 +330,10 @@ def main() -> int:
     commands.choices["success"].add_argument("--latency", action="store_true", help="also with 200 ms of latency")
     commands.add_parser("faults")
     commands.add_parser("rtde")
-    commands.add_parser("hostile").add_argument("--command-hz", type=float, default=125.0)
-    for name, seconds in (("hostile", 1000.0), ("jitter", 30.0)):
+    commands.add_parser("hostile")
+    for name, seconds, hz in (("hostile", 1000.0, 125.0), ("jitter", 30.0, HZ)):
         commands.choices[name].add_argument("--seconds", type=float, default=seconds)
+        commands.choices[name].add_argument("--command-hz", type=float, default=hz)
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = {
