@@ -25,7 +25,7 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lerobot_checkpoint
@@ -330,8 +329,8 @@ class Trainer:
         self.say(f"reading bags in {bags.bag_dir}", flush=True)
         reference_rad, notes = world.first_on_each_node(lambda: self._read_bags(bags, was), "decoding bags")
         split = self.train_episodes, self.held_out
+        self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size)
         self.frames = self._frames_on_device()
-        self.dataset = ChunkDataset(self.train_episodes, cfg.model.chunk_size, images=self.frames is None)
         self.held_out_dataset = ChunkDataset(self.held_out, cfg.model.chunk_size)
         self.fingerprint = identity.fingerprint(was, self.settings, act_config(cfg), cfg.cameras, reference_rad, *split)
         # Once, at the start: it hashes the code that runs.
@@ -355,7 +354,7 @@ class Trainer:
     def _frames_on_device(self) -> feed.DeviceFrames | None:
         if self.cfg.data.frames_on_device == "never":
             return None
-        return feed.frames_on_device(self.train_episodes, self.world.device, self.say)
+        return feed.frames_on_device(self.dataset, self.world.device, self.say)
 
     # Model and optimizer.
 
@@ -412,7 +411,7 @@ class Trainer:
 
     # The loop.
 
-    def start(self) -> DataLoader:
+    def start(self) -> Iterable[dict[str, torch.Tensor]]:
         """Make ready for train_step: say what will be trained, compile, wrap; -> the loader of raw batches."""
         world, training = self.world, self.cfg.training
         self.effective_batch = training.batch_size * training.accumulate_steps * world.size
@@ -433,7 +432,7 @@ class Trainer:
             self.samples_seen, identity.sample_order(self.fingerprint),
         )  # fmt: skip
         self.model.train()
-        return feed.make_loader(self.dataset, self.stream, training.num_workers, world.device)
+        return feed.make_loader(self.dataset, self.stream, training.num_workers, world.device, self.frames)
 
     def fit(self) -> None:
         """Train to training.steps, logging, validating and saving on the way; then the summary."""
@@ -509,7 +508,7 @@ class Trainer:
             batch = self.frames.look_up(batch)
         # A seed of its own: dropout and the latent draw the same noise with augmentation and without.
         seed = feed.step_seed(self.cfg.training.seed, self.step, self.world.rank, "augmentation")
-        amounts = augment.draw_for(self.cfg.augmentation, len(self.cfg.cameras), len(raw["action"]), seed)
+        amounts = augment.draw_for(self.cfg.augmentation, len(self.cfg.cameras), len(raw["index"]), seed)
         return feed.to_model(batch, self.normalizer, amounts)
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

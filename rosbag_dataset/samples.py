@@ -130,6 +130,32 @@ class ChunkDataset:
         start, stop = self._segments[segment].tolist()
         return int(self._episode_of[segment]), start + int(index - self._first_sample[segment]), stop
 
+    def tables(self) -> dict[str, np.ndarray]:
+        """All that batches consist of but the pixels, to cut them elsewhere (training.feed.DeviceFrames).
+
+        Of the N samples and of the F frames of all episodes, one episode after the other:
+            frame          (N,) int64: a sample's frame
+            stop           (N,) int64: behind which frame the actions of its segment end
+            state          (F, S) float32
+            value, origin  (F, A) float64: Episode.chunk_values, chunk_origins
+            image.<camera> (F,) int64 among all stored images, as image_index.<camera>
+        """
+        first_frame = np.cumsum([0, *(len(e.time_ns) for e in self.episodes)])
+        moved = self._segments + first_frame[self._episode_of][:, None]
+        lengths = np.diff(moved, axis=1)[:, 0]
+        within = np.arange(len(self)) - np.repeat(self._first_sample[:-1], lengths)
+        tables = {
+            "frame": np.repeat(moved[:, 0], lengths) + within,
+            "stop": np.repeat(moved[:, 1], lengths),
+            "state": np.concatenate([e.state for e in self.episodes]),
+            "value": np.concatenate([e.chunk_values for e in self.episodes]),
+            "origin": np.concatenate([e.chunk_origins for e in self.episodes]),
+        }
+        for camera, firsts in self._first_image.items():
+            index = [f + e.image_index[camera] for f, e in zip(firsts, self.episodes, strict=True)]
+            tables[f"image.{camera}"] = np.concatenate(index)
+        return tables
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,15 @@ class Episode:
     @property
     def action(self) -> np.ndarray:
         """(T, A) float32, the first of the chunk from frame t; zeros where frame t has no action."""
-        action = np.zeros((len(self.time_ns), len(self.acted)), np.float32)
+        return self._where_acted(self.first_actions).astype(np.float32)
+
+    def _where_acted(self, of: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        """(T, A) float64: of(start, stop), (stop - start, A), for all frames that have an action; zeros elsewhere."""
+        values = np.zeros((len(self.time_ns), len(self.acted)))
         for start, stop in self.segments:
             last = max(start, stop - self.ahead)
-            action[start:last] = self.first_actions(start, last)
-        return action
+            values[start:last] = of(start, last)
+        return values
 
     def first_actions(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, A) float64: the first action of the chunk from each of these frames of a segment.
@@ -127,13 +131,34 @@ class Episode:
             stop[first:last] = last - self.ahead
         return stop
 
+    @property
+    def chunks_are(self) -> str:
+        """How chunks follow from chunk_values.
+
+        They are these "values", their "offsets" from chunk_origins, or "steps" from one to the next, the first of which
+        is from chunk_origins.
+        """
+        if self.action_mode == "relative":
+            return "offsets"
+        return "values" if self.action_mode == "absolute" or self.target is None else "steps"
+
+    @property
+    def chunk_values(self) -> np.ndarray:
+        """(T, A) float64: what stands in a chunk for each frame that has an action; see chunks_are."""
+        return self._where_acted(self.first_actions if self.chunks_are == "values" else self._target)
+
+    @property
+    def chunk_origins(self) -> np.ndarray:
+        """(T, A) float64: from where a chunk leads that begins in a frame; see chunks_are."""
+        return self.path_rad[:, self.acted]
+
     def chunk(self, t: int, count: int) -> np.ndarray:
         """(count, A): the actions of a chunk from frame t, `count` of which lie in t's segment."""
-        if self.action_mode == "relative":
+        if self.chunks_are == "offsets":
             return self._target(t, t + count) - self.path_rad[t, self.acted]
-        if self.action_mode == "absolute" or self.target is None:
+        if self.chunks_are == "values":
             return self.first_actions(t, t + count)
-        return np.diff(self.target[t : t + count], axis=0, prepend=self.path_rad[t, self.acted][None])
+        return np.diff(self._target(t, t + count), axis=0, prepend=self.path_rad[t, self.acted][None])
 
     def chunk_actions(self, start: int, count: int, k: int) -> np.ndarray:
         """(count - k + 1, A): the k-th actions, k >= 1, of the chunks from `count` frames of a segment."""

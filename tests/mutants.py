@@ -57,6 +57,7 @@ SHORT = "test_samples.py::test_episode_shorter_than_a_chunk"
 SEAM = "test_synchronisation.py::test_wrapped_states_and_small_deltas"
 SUMMARY = "test_train.py::test_the_summary_errors_are_those_of_the_saved_checkpoint"
 MODES = "test_deploy_policy.py::test_modes_are_lerobots_select_action"
+ON_DEVICE = "test_feed.py::test_batches_cut_on_the_device_are_the_samples"
 STREAM = "test_limiter.py::test_a_stream_within_the_limits_is_passed_on_bit_by_bit"
 SILENT = "test_control.py::test_what_falls_silent_stops_the_arm_within_its_limits[camera dies]"
 ROS2_HALT = "test_ros2.py::test_a_halt_ends_the_robots_program"
@@ -604,7 +605,7 @@ MUTANTS = [
            "- self.path_rad[t, self.acted]\n", "- self.path_rad[0, self.acted]\n",
            "test_samples.py::test_the_three_kinds_of_action_describe_one_motion"),
     Mutant("actions: the delta to this frame, not to the next", "rosbag_dataset/synchronisation.py",
-           "action[start:last] = self.first_actions(", "action[start + 1 : last + 1] = self.first_actions(",
+           "values[start:last] = of(", "values[start + 1 : last + 1] = of(",
            "test_synchronisation.py::test_deltas_integrate_to_the_states"),
     Mutant("actions: the signs of the joints are ignored", "rosbag_dataset/synchronisation.py",
            "        state, continuous = state * sign, continuous * sign\n", "        pass\n",
@@ -699,6 +700,13 @@ MUTANTS = [
            'method="higher"', 'method="lower"', PERCENTILES),
     Mutant("runner: real-time on average is real-time", "deploy/ur10e_deploy/policy_runner.py",
            'p99 = inference["p99_ms"]', 'p99 = inference["p50_ms"]', PERCENTILES),
+    Mutant("samples: on a GPU, chunks reach beyond their segment", "training/feed.py",
+           "is_pad = at >= stop", "is_pad = at > stop", f"{ON_DEVICE}[delta-measured]"),
+    Mutant("samples: on a GPU, offsets are taken for positions", "training/feed.py",
+           'action = action - tables["origin"][frame][:, None]', "pass", f"{ON_DEVICE}[relative-measured]"),
+    Mutant("samples: on a GPU, a picture is of the frame before", "training/feed.py",
+           'tables[f"image.{camera}"][frame]', 'tables[f"image.{camera}"][frame - 1]',
+           "test_feed.py::test_frames_on_the_device_give_the_same_training"),
     # On the robot.
     Mutant("robot: commands are sent that cannot be stopped from", "deploy/ur10e_deploy/limiter.py",
            "        if path is None:\n            return False",

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 import train
+from rosbag_dataset import ChunkDataset
+from tests.bags import JOINT_TOPIC, T0_NS, make_take, settings, smooth_path, write_bag
+from tests.checks import load
 from tests.tiny import assert_same_run, run, trainer
 from training import feed, identity
 from training.feed import SampleStream
 
+COMMANDS = "/commands"
 ORDER_3 = [6, 9, 1, 3, 2, 7, 0, 4, 5, 8]
 
 
@@ -98,16 +102,40 @@ def test_every_step_of_every_rank_draws_noise_of_its_own(sample_bags: Path, tmp_
 
 
 def test_frames_on_the_device_give_the_same_training(sample_bags: Path, tmp_path: Path, monkeypatch):
-    """Staged on the CPU, where no GPU is: the loader sends indices, and every weight is the same to the last bit."""
+    """Staged on the CPU, where no GPU is: the loader sends numbers, and every weight is the same to the last bit."""
     usual = run(sample_bags, tmp_path / "usual")
     sent = []
     original = feed.to_device
     monkeypatch.setattr(feed, "to_device", lambda batch, where: (sent.append(set(batch)), original(batch, where))[1])
     monkeypatch.setattr(
-        train.Trainer, "_frames_on_device", lambda self: feed.DeviceFrames(self.train_episodes, self.world.device)
+        train.Trainer, "_frames_on_device", lambda self: feed.DeviceFrames(self.dataset, self.world.device)
     )
-    assert_same_run(run(sample_bags, tmp_path / "device"), usual)
-    assert {"image_index.color"} == {n for names in sent[:3] for n in names if "image" in n}
+    assert_same_run(run(sample_bags, tmp_path / "device", training__num_workers=2), usual)
+    assert sent[0] == {"index"}
+
+
+@pytest.mark.parametrize("commanded", [False, True], ids=["measured", "commanded"])
+@pytest.mark.parametrize("mode", ["delta", "absolute", "relative"])
+def test_batches_cut_on_the_device_are_the_samples(tmp_path: Path, mode: str, commanded: bool):
+    """Every sample bit for bit, over gaps, short segments and two episodes, whatever actions are."""
+    for name, gap_s in (("a", 0.9), ("b", 0.4)):
+        messages = make_take(seconds=2.0, path=lambda t, scale=gap_s: scale * smooth_path(t)).messages()
+        commands = [(COMMANDS, t - 30_000_000, m) for topic, t, m in messages if topic == JOINT_TOPIC]
+        kept = [m for m in messages if not gap_s <= (m[1] - T0_NS) / 1e9 < gap_s + 0.3]
+        write_bag(tmp_path / "bags" / name, sorted(kept + commands * commanded, key=lambda m: m[1]))
+    changes = {"action_source": COMMANDS} if commanded else {}
+    episodes, _ = load(settings(tmp_path / "bags", action_mode=mode, **changes))
+    dataset = ChunkDataset(episodes, 7)
+    assert sum(len(e.segments) for e in episodes) > 2
+    chosen = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    wanted = feed.to_tensors(dataset.__getitems__(chosen))
+    frames = feed.DeviceFrames(dataset, torch.device("cpu"))
+    got = frames.look_up({"index": torch.tensor(chosen)})
+    assert got.keys() == wanted.keys()
+    kinds = {"absolute": "values", "relative": "offsets", "delta": "steps" if commanded else "values"}
+    assert frames.chunks_are == kinds[mode]
+    for name, values in wanted.items():
+        assert got[name].dtype == values.dtype and torch.equal(got[name], values), name
 
 
 def test_frames_stay_on_the_device_only_when_they_fit(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):

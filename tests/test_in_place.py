@@ -150,7 +150,8 @@ def test_image_statistics_and_frames_on_the_device_are_the_same(tmp_path):
     cached, in_bags = both_ways(tmp_path / "bags")
     ours, theirs = (compute_stats(e, "dataset", 8)[0]["observation.images.color"] for e in (in_bags, cached))
     assert all((ours[key] == theirs[key]).all() for key in theirs)
-    ours, theirs = (feed.DeviceFrames(e, torch.device("cpu")).frames["color"] for e in (in_bags, cached))
+    here = torch.device("cpu")
+    ours, theirs = (feed.DeviceFrames(ChunkDataset(e, 4), here).frames["color"] for e in (in_bags, cached))
     assert torch.equal(ours, theirs) and len(theirs) > feed.BLOCK
     assert feed.DeviceFrames.size_bytes(in_bags) == feed.DeviceFrames.size_bytes(cached) == theirs.numel()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -139,8 +139,20 @@ def step_seed(seed: int, step: int, rank: int, use: str = "") -> int:
 # -- the loader ---------------------------------------------------------------------------------------------------
 
 
-def make_loader(dataset: ChunkDataset, stream: SampleStream, num_workers: int, device: torch.device) -> DataLoader:
-    """Raw batches in the stream's order, as `num_workers` processes load them (0: this one does)."""
+def make_loader(
+    dataset: ChunkDataset,
+    stream: SampleStream,
+    num_workers: int,
+    device: torch.device,
+    frames: DeviceFrames | None = None,
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Raw batches in the stream's order, as `num_workers` processes load them (0: this one does).
+
+    For DeviceFrames they are sample numbers alone, whatever num_workers is: to have them from a process would cost this
+    one thirty times what it costs to make them.
+    """
+    if frames is not None:
+        return Numbers(stream, pinned=device.type == "cuda")
     return DataLoader(
         dataset,  # ty: ignore[invalid-argument-type] - rosbag_dataset knows no torch, so that it is no torch Dataset
         batch_sampler=stream,
@@ -150,6 +162,17 @@ def make_loader(dataset: ChunkDataset, stream: SampleStream, num_workers: int, d
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # making the iterator draws a seed; not from the global generator
     )
+
+
+class Numbers:
+    """Batches of sample numbers, {"index": (B,) int64}, in the stream's order."""
+
+    def __init__(self, stream: SampleStream, pinned: bool) -> None:
+        self.stream, self.pinned = stream, pinned
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for indices in self.stream:
+            yield {"index": torch.tensor(indices, pin_memory=self.pinned)}
 
 
 def end_loader(batches: Iterator[Any]) -> None:
@@ -190,10 +213,9 @@ BLOCK, LOADING_THREADS = 64, 8  # images that are loaded at once, by how many th
 
 
 class DeviceFrames:
-    """All decoded frames of some episodes on the device, so that the loader sends indices instead of pixels.
+    """All samples of a dataset on the device, pixels, states and actions: batches are cut there, from their numbers.
 
-    Recordings follow each other in the order of ChunkDataset(images=False), whose `image_index.<camera>` counts them;
-    those of which a part is an episode are there as a whole, and once.
+    Recordings' frames follow each other; those of which a part is an episode are there as a whole, and once.
     """
 
     SHARE = 0.5  # of the GPU's free memory; the rest is for weights, activations and other processes
@@ -203,7 +225,11 @@ class DeviceFrames:
         """What the frames of these episodes take."""
         return sum(open_pixels(e, camera).nbytes for e in pixel_owners(episodes).values() for camera in e.image_shape)
 
-    def __init__(self, episodes: Sequence[Episode], device: torch.device) -> None:
+    def __init__(self, dataset: ChunkDataset, device: torch.device) -> None:
+        episodes = dataset.episodes
+        self.tables = {name: torch.from_numpy(table).to(device) for name, table in dataset.tables().items()}
+        self.chunks_are = episodes[0].chunks_are
+        self.places = torch.arange(dataset.chunk_size, device=device)
         owners = pixel_owners(episodes).values()
         self.frames = {}  # camera -> (N, H, W, 3) uint8
         blocks: list[tuple[Episode, str, int, int]] = []
@@ -225,29 +251,42 @@ class DeviceFrames:
         self.frames[camera][first + start : first + start + len(images)] = torch.from_numpy(images)
 
     def look_up(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Replace each image_index.<camera> (B,) by observation.images.<camera> (B, H, W, 3) uint8."""
-        batch = dict(batch)
+        """Samples by their numbers, {"index": (B,) int64} on the device, bit for bit as ChunkDataset has them."""
+        tables, index = self.tables, batch["index"]
+        frame, stop = tables["frame"][index], tables["stop"][index][:, None]
+        at = frame[:, None] + self.places  # (B, chunk)
+        is_pad = at >= stop
+        at = torch.minimum(at, stop - 1)
+        action = tables["value"][at]  # (B, chunk, A) float64
+        if self.chunks_are == "offsets":
+            action = action - tables["origin"][frame][:, None]
+        elif self.chunks_are == "steps":
+            action = torch.diff(action, dim=1, prepend=tables["origin"][frame][:, None])
+        cut = {
+            "observation.state": tables["state"][frame],
+            "action": action.float().masked_fill(is_pad[..., None], 0.0),
+            "action_is_pad": is_pad,
+            "index": index,
+        }
         for camera, frames in self.frames.items():
-            batch[f"observation.images.{camera}"] = frames[batch.pop(f"image_index.{camera}")]
-        return batch
+            cut[f"observation.images.{camera}"] = frames[tables[f"image.{camera}"][frame]]
+        return cut
 
 
-def frames_on_device(
-    episodes: Sequence[Episode], device: torch.device, say: Callable[[str], object]
-) -> DeviceFrames | None:
-    """Copy the episodes' frames to the GPU if they take at most half of its free memory; `say` tells what was decided.
+def frames_on_device(dataset: ChunkDataset, device: torch.device, say: Callable[[str], object]) -> DeviceFrames | None:
+    """Copy the dataset's frames to the GPU if they take at most half of its free memory; `say` tells what was decided.
 
     None when they do not fit, or when `device` is no GPU.
     """
     if device.type != "cuda":
         return None
-    size, free = DeviceFrames.size_bytes(episodes), torch.cuda.mem_get_info(device)[0]
+    size, free = DeviceFrames.size_bytes(dataset.episodes), torch.cuda.mem_get_info(device)[0]
     fits = size <= DeviceFrames.SHARE * free
     say(
         f"frames: {size / 1e9:.2f} GB, {'kept' if fits else 'too much to keep'} on {device} ({free / 1e9:.1f} GB "
         f"free, of which frames may take {DeviceFrames.SHARE:.0%}; data.frames_on_device)"
     )
-    return DeviceFrames(episodes, device) if fits else None
+    return DeviceFrames(dataset, device) if fits else None
 
 
 # -- to the model -------------------------------------------------------------------------------------------------
