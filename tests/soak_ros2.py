@@ -40,9 +40,9 @@ SMALL = ("--seed", "11", "--height", "32", "--width", "48")  # as tests/ros2_run
 FAULT_S = 1.1  # after the arm began to move: in the middle of the first stroke
 
 
-def said_of(arm: Arm, *options: str) -> list[dict[str, Any]]:
+def said_of(arm: Arm, *options: str, hz: float = HZ) -> list[dict[str, Any]]:
     """What a runner says of its scenes."""
-    runner = start_in_ros2(["-m", "tests.ros2_runner", "--command-hz", f"{HZ:g}", *options], arm.domain)
+    runner = start_in_ros2(["-m", "tests.ros2_runner", "--command-hz", f"{hz:g}", *options], arm.domain)
     assert runner.stdout is not None
     said = [json.loads(line) for line in runner.stdout if line.startswith("{")]
     if runner.wait():
@@ -50,20 +50,26 @@ def said_of(arm: Arm, *options: str) -> list[dict[str, Any]]:
     return said
 
 
-def past_limits(log: dict[str, np.ndarray]) -> list[str]:
+def past_limits(log: dict[str, np.ndarray], hz: float = HZ) -> list[str]:
     """Which limits the commands of an arm's own log break."""
     path = np.concatenate([log["path_rad"][:1], log["command_rad"]])
-    return broken(path, HZ, default_limits())
+    return broken(path, hz, default_limits())
 
 
-def in_process(runner: PolicyRunner, scenes: int, fraction: float) -> float:
+def recorded_camera(runner: PolicyRunner) -> tuple[str, tuple[int, int]]:
+    """The policy's one camera, and the size (H, W) of its pictures in training's recordings."""
+    ((camera, shape),) = runner.contract.cameras.items()
+    return camera, next(iter(runner.contract.recorded_shapes.get(camera, ())), shape)
+
+
+def in_process(runner: PolicyRunner, scenes: int, fraction: float, hz: float) -> float:
     """Success of the same loop over the same arm in this process."""
-    ((camera, (height, width)),) = runner.contract.cameras.items()
+    camera, (height, width) = recorded_camera(runner)
     done = 0
     for episode in range(scenes):
-        world = World(SEED, episode, height, width, Conditions(lag_s=LAG_S), control_hz=HZ)
+        world = World(SEED, episode, height, width, Conditions(lag_s=LAG_S), control_hz=hz)
         how = ControlSettings(
-            fps=runner.contract.fps or 30.0, command_hz=HZ, speed_fraction=fraction, duration_s=TIMEOUT_S / fraction,
+            fps=runner.contract.fps or 30.0, command_hz=hz, speed_fraction=fraction, duration_s=TIMEOUT_S / fraction,
             max_limited_s=TIMEOUT_S / fraction, replan_frames=runner.n_action_steps,
         )  # fmt: skip
         watchdog = Watchdog(AgeLimits(), runner.contract.cameras)
@@ -76,13 +82,13 @@ def in_process(runner: PolicyRunner, scenes: int, fraction: float) -> float:
 def success(args: argparse.Namespace) -> bool:
     """The touch task in process and in lock step, at some speeds, and by the wall clock at full speed."""
     runner = PolicyRunner(args.checkpoint, backend="native")
-    ((height, width),) = runner.contract.cameras.values()
+    _, (height, width) = recorded_camera(runner)
     pixels = ("--height", str(height), "--width", str(width))
     head("Through", "Speed fraction", "Success", "Commands", "of them limited", "Past a limit", "Ended early",
          "Periods missed", "Late by, ms: p50", "p99", "Wall s per scene")  # fmt: skip
     base, fine = {}, True
     for fraction in args.speed_fractions:
-        base[fraction] = in_process(runner, args.scenes, fraction)
+        base[fraction] = in_process(runner, args.scenes, fraction, args.command_hz)
         row("in process", fraction, f"{base[fraction]:.1%} of {args.scenes}", *[""] * 8)
     ways = [("lock step", fraction, 1e9) for fraction in args.speed_fractions]
     for clock, fraction, minutes in [*ways, *([("real time", 1.0, args.minutes)] if args.minutes else [])]:
@@ -92,6 +98,7 @@ def success(args: argparse.Namespace) -> bool:
             said = said_of(
                 arm, "--checkpoint", str(args.checkpoint), "--scenes", str(args.scenes), "--speed-fraction",
                 str(fraction), "--seconds", str(TIMEOUT_S / fraction), "--minutes", str(minutes), *flags,
+                hz=args.command_hz,
             )  # fmt: skip
             took_s = time.monotonic() - began_s
             arm.stop()
@@ -99,7 +106,7 @@ def success(args: argparse.Namespace) -> bool:
         if refused := [one["error"] for one in said if "error" in one]:
             print(f"{len(refused)} scenes were refused: {refused[0]}")
         ran = [one for one in said if "error" not in one]
-        bad = sum(bool(past_limits(log)) for log in logs if len(log["command_rad"]))
+        bad = sum(bool(past_limits(log, args.command_hz)) for log in logs if len(log["command_rad"]))
         rate = sum(one["outcome"]["success"] for one in ran) / max(len(said), 1)
         share = sum(one["limited"] for one in ran) / max(sum(one["periods"] for one in ran), 1)
         late = [float(np.median([one["late_ms"][p] for one in ran])) if ran else np.nan for p in ("p50", "p99")]
@@ -226,7 +233,7 @@ def kills(args: argparse.Namespace) -> bool:
     figures = [f"{value:.2f}" for of in (speeds, rest_s, slowing) for value in (np.median(of), max(of))]
     row(len(rest_s), commands, "none" if fine else "SOME", *figures)
     if odd:
-        print(f"\n{odd} runners were killed before a command.")
+        print(f"\n{odd} runs had no command: killed before one, or the arm's next scene did not begin.")
     return fine and odd < args.kills / 10
 
 
@@ -236,6 +243,7 @@ def main() -> int:
     of_success = commands.add_parser("success")
     of_success.add_argument("--checkpoint", type=Path, required=True)
     of_success.add_argument("--scenes", type=int, default=200)
+    of_success.add_argument("--command-hz", type=float, default=HZ)
     of_success.add_argument("--speed-fractions", type=float, nargs="*", default=[1.0, 0.25])
     of_success.add_argument("--minutes", type=float, default=15.0, help="by the wall clock; 0: not at all")
     commands.add_parser("faults")
