@@ -453,15 +453,15 @@ class Trainer:
         self.stop.interrupts = False
         batches, exit_code = iter(loader), 1
         try:
-            try:
-                if self.validation_due is not None:
-                    score = self._validate()
-                    if world.is_main:
-                        run_dir.score_late(self.output_dir, self.validation_due, score)
-                self._loop(batches)
-            finally:
-                self.bar.close()
-                feed.end_loader(batches)
+            with contextlib.closing(self.bar):  # last: a worker that was killed can raise while others are closed
+                try:
+                    if self.validation_due is not None:
+                        score = self._validate()
+                        if world.is_main:
+                            run_dir.score_late(self.output_dir, self.validation_due, score)
+                    self._loop(batches)
+                finally:
+                    feed.end_loader(batches)
             world.barrier()
             world.close()  # the others need not wait for the summary
             if world.is_main:

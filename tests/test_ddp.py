@@ -268,17 +268,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(sample_bags: Path, tmp_
 
 
 UNEVEN = """
-import os, sys, time, train
+import os, pathlib, sys, time, train
 from lerobot_checkpoint import saving
 original, move, calls = train.loss_terms, saving.move_into_place, []
+saving_began = pathlib.Path(__file__).with_name("saving began")
 def fails(*args):
     calls.append(None)
     if os.environ["RANK"] == "1" and len(calls) == 3:
-        time.sleep(1)  # rank 0 has then begun to save
+        while not saving_began.exists():
+            time.sleep(0.05)
         raise train.TrainingError("rank 1 cannot go on")
     return original(*args)
 train.loss_terms = fails
 def slowly(*paths):
+    saving_began.touch()
     time.sleep(3)
     move(*paths)
     print("moved after rank 1 had failed", flush=True)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import train
 from lerobot_checkpoint import list_checkpoints
 from tests.tiny import ROOT, arguments, error_line, metrics, run, start, torchrun, wait_for_step, weights
+from training.failures import print_error
 
 # Runs train.py, and in step 3 does on some rank what `fault` says.
 PROBE = """
@@ -122,6 +124,13 @@ def test_the_named_batch_is_the_batch_that_was_sick(sample_bags: Path, tmp_path:
     error = capsys.readouterr().err
     assert "step 3:" in error
     assert ", ".join(f"{episode} frame {frame}" for episode, frame in served[2]) in error
+
+
+def test_an_error_stands_in_a_line_of_its_own_below_a_progress_bar(capsys: pytest.CaptureFixture):
+    """...that is still open, wherever the error came from."""
+    with tqdm(total=3, file=sys.stderr):
+        print_error("this went wrong", None)
+        assert "error: this went wrong" in capsys.readouterr().err.replace("\r", "\n").splitlines()
 
 
 def test_a_killed_loader_worker_is_one_line_not_a_hang(sample_bags: Path, tmp_path: Path):

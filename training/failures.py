@@ -7,6 +7,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from lerobot_checkpoint import CheckpointError
 from rosbag_dataset import BagError
@@ -69,4 +70,5 @@ def print_error(line: str, world: World | None) -> None:
     """Print the run's one error line, if no other rank was first."""
     if claim_failure(world):
         above = "\n" if world is not None and world.size > 1 else ""  # rank 0's progress bar may stand in this line
-        print(f"{above}error: {line}", file=sys.stderr, flush=True)
+        tqdm.write(f"{above}error: {line}", file=sys.stderr)  # and one of ours that is still open
+        sys.stderr.flush()
