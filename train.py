@@ -693,7 +693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The half a million objects that PyTorch's modules are stay: to look through them costs a short run a quarter.
+    # The half a million objects that PyTorch's modules are stay: to look through them is a quarter of the start.
     gc.freeze()
     gc.enable()
     sys.exit(main())

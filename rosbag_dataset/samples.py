@@ -50,14 +50,10 @@ class ChunkDataset:
         action                       (B, chunk, A) float32, raw; zeros where padded
         action_is_pad                (B, chunk) bool: past the segment's end
         index                        (B,) int64 sample indices, to say which sample made trouble
-
-    With `images` False, for frames that live on the device, instead of the images
-        image_index.<camera>         (B,) int64 among all stored images, one of pixel_owners() after the other
     """
 
-    def __init__(self, episodes: Sequence[Episode], chunk_size: int, images: bool = True) -> None:
+    def __init__(self, episodes: Sequence[Episode], chunk_size: int) -> None:
         self.episodes = list(episodes)
-        self.images = images
         self.chunk_size = chunk_size
         # Of each segment with actions its episode, and [start, stop) of the frames that have one; samples are counted
         # through them. Nothing here is as long as the recordings are.
@@ -67,13 +63,6 @@ class ChunkDataset:
         some = segments[:, 1] > segments[:, 0]
         self._segments, self._episode_of = segments[some], episode_of[some]
         self._first_sample = np.cumsum([0, *(self._segments[:, 1] - self._segments[:, 0])])
-        cameras = self.episodes[0].image_shape if self.episodes else ()
-        self._first_image: dict[str, list[int]] = {}  # camera -> which of all stored images is each episode's first
-        owners = pixel_owners(self.episodes)
-        for camera in cameras:
-            firsts = np.cumsum([0, *(owner.stored_images[camera] for owner in owners.values())]).tolist()
-            first_of = dict(zip(owners, firsts, strict=False))
-            self._first_image[camera] = [first_of[e.entry or e.name] for e in self.episodes]
         self._reader = PictureReader() if any(e.source is not None for e in self.episodes) else None
         # (episode, camera) -> descriptor of the stored images, the latest MAX_FILES: there may be more of them than a
         # process can have open.
@@ -138,7 +127,7 @@ class ChunkDataset:
             stop           (N,) int64: behind which frame the actions of its segment end
             state          (F, S) float32
             value, origin  (F, A) float64: Episode.chunk_values, chunk_origins
-            image.<camera> (F,) int64 among all stored images, as image_index.<camera>
+            image.<camera> (F,) int64 among all stored images, one of pixel_owners() after the other
         """
         first_frame = np.cumsum([0, *(len(e.time_ns) for e in self.episodes)])
         moved = self._segments + first_frame[self._episode_of][:, None]
@@ -151,8 +140,11 @@ class ChunkDataset:
             "value": np.concatenate([e.chunk_values for e in self.episodes]),
             "origin": np.concatenate([e.chunk_origins for e in self.episodes]),
         }
-        for camera, firsts in self._first_image.items():
-            index = [f + e.image_index[camera] for f, e in zip(firsts, self.episodes, strict=True)]
+        owners = pixel_owners(self.episodes)
+        for camera in self.episodes[0].image_shape:
+            firsts = np.cumsum([0, *(owner.stored_images[camera] for owner in owners.values())])
+            first_of = dict(zip(owners, firsts, strict=False))
+            index = [first_of[e.entry or e.name] + e.image_index[camera] for e in self.episodes]
             tables[f"image.{camera}"] = np.concatenate(index)
         return tables
 
@@ -168,10 +160,7 @@ class ChunkDataset:
             "index": np.asarray(indices, np.int64),
         }
         for camera, shape in self.episodes[0].image_shape.items():
-            if self.images:
-                batch[f"observation.images.{camera}"] = np.empty((batch_size, *shape, 3), np.uint8)
-            else:
-                batch[f"image_index.{camera}"] = np.empty(batch_size, np.int64)
+            batch[f"observation.images.{camera}"] = np.empty((batch_size, *shape, 3), np.uint8)
         for b, i in enumerate(indices):
             e, t, stop = self._place(i)
             episode = self.episodes[e]
@@ -181,8 +170,5 @@ class ChunkDataset:
             batch["action_is_pad"][b, :count] = False
             for camera in episode.image_shape:
                 image = episode.image_index[camera][t]
-                if self.images:
-                    self._read_image(e, camera, int(image), batch[f"observation.images.{camera}"][b])
-                else:
-                    batch[f"image_index.{camera}"][b] = self._first_image[camera][e] + image
+                self._read_image(e, camera, int(image), batch[f"observation.images.{camera}"][b])
         return batch

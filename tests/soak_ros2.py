@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,9 @@ def past_limits(log: dict[str, np.ndarray], hz: float = HZ) -> list[str]:
     return broken(path, hz, default_limits())
 
 
-def recorded_camera(runner: PolicyRunner) -> tuple[str, tuple[int, int]]:
-    """The policy's one camera, and the size (H, W) of its pictures in training's recordings."""
-    ((camera, shape),) = runner.contract.cameras.items()
-    return camera, next(iter(runner.contract.recorded_shapes.get(camera, ())), shape)
-
-
 def in_process(runner: PolicyRunner, scenes: int, fraction: float, hz: float) -> float:
     """Success of the same loop over the same arm in this process."""
-    camera, (height, width) = recorded_camera(runner)
+    ((camera, (height, width)),) = runner.contract.recorded_cameras.items()
     done = 0
     for episode in range(scenes):
         world = World(SEED, episode, height, width, Conditions(lag_s=LAG_S), control_hz=hz)
@@ -82,11 +77,11 @@ def in_process(runner: PolicyRunner, scenes: int, fraction: float, hz: float) ->
 def success(args: argparse.Namespace) -> bool:
     """The touch task in process and in lock step, at some speeds, and by the wall clock at full speed."""
     runner = PolicyRunner(args.checkpoint, backend="native")
-    _, (height, width) = recorded_camera(runner)
+    ((height, width),) = runner.contract.recorded_cameras.values()
     pixels = ("--height", str(height), "--width", str(width))
     head("Through", "Speed fraction", "Success", "Commands", "of them limited", "Past a limit", "Ended early",
          "Periods missed", "Late by, ms: p50", "p99", "Wall s per scene")  # fmt: skip
-    base, fine = {}, True
+    base, fine, notes = {}, True, []
     for fraction in args.speed_fractions:
         base[fraction] = in_process(runner, args.scenes, fraction, args.command_hz)
         row("in process", fraction, f"{base[fraction]:.1%} of {args.scenes}", *[""] * 8)
@@ -104,7 +99,7 @@ def success(args: argparse.Namespace) -> bool:
             arm.stop()
             logs = [arm.log(scene) for scene in range(len(said))]
         if refused := [one["error"] for one in said if "error" in one]:
-            print(f"{len(refused)} scenes were refused: {refused[0]}")
+            notes.append(f"{clock}: {len(refused)} were refused: {refused[0]}")
         ran = [one for one in said if "error" not in one]
         bad = sum(bool(past_limits(log, args.command_hz)) for log in logs if len(log["command_rad"]))
         rate = sum(one["outcome"]["success"] for one in ran) / max(len(said), 1)
@@ -114,7 +109,13 @@ def success(args: argparse.Namespace) -> bool:
             f"{share:.1%}", f"{bad} scenes" if bad else "none", sum(not one["orderly"] for one in ran),
             sum(one["missed"] for one in ran), *(f"{value:.2f}" for value in late),
             f"{took_s / max(len(said), 1):.1f}")  # fmt: skip
-        fine &= not bad and not refused and abs(rate - base.get(fraction, rate)) * 100 <= POINTS
+        for ended, count in Counter(one["ended"] for one in ran if not one["orderly"]).most_common(3):
+            notes.append(f"{clock}: {count} ended early: {ended}")
+        if fraction not in base:
+            base[fraction] = in_process(runner, len(said), fraction, args.command_hz)
+            row("in process", fraction, f"{base[fraction]:.1%} of {len(said)}", *[""] * 8)
+        fine &= not bad and not refused and abs(rate - base[fraction]) * 100 <= POINTS
+    print("", *notes, sep="\n")
     return fine
 
 

@@ -138,7 +138,7 @@ def test_actions_are_the_commands_in_force(tmp_path, kind, storage, monkeypatch)
         command = in_force(kind, t)
         command = state + wrap_to_pi(command - state)
         assert np.abs(command - state).max() < 0.5 and np.abs(command - state).max() > 0.03
-        sample = ChunkDataset([episode], 6, images=False)[9]
+        sample = ChunkDataset([episode], 6)[9]
         turn = episode.state[0] - state[0]
         want = {"absolute": command[9:15] + turn, "relative": command[9:15] - state[9],
                 "delta": np.diff(command[9:15], axis=0, prepend=state[9][None])}[mode]  # fmt: skip
@@ -205,13 +205,13 @@ def test_a_gripper_has_its_command_or_its_next_value(tmp_path, mode):
     gripper = dict(state_topics={"width": "/width:data"}, action_mode=mode)
     measured = only(tmp_path / "bags", **gripper)
     assert measured.sync_report["frames_without_action"] == 1 and measured.action_stop[-1] == len(measured.time_ns) - 1
-    sample = ChunkDataset([measured], 4, images=False)[5]["action"][:, 6]
+    sample = ChunkDataset([measured], 4)[5]["action"][:, 6]
     want, here = measured.path_rad[6:10, 6], measured.path_rad[5, 6]
     want = {"absolute": want, "relative": want - here, "delta": np.diff(want, prepend=here)}[mode]
     np.testing.assert_allclose(sample, want, atol=1e-7)
     commanded = only(tmp_path / "bags", **gripper, command_topics={"width": "/grip:data"})
     assert commanded.sync_report["frames_without_action"] == 0
-    sample = ChunkDataset([commanded], 4, images=False)[5]["action"][:, 6]
+    sample = ChunkDataset([commanded], 4)[5]["action"][:, 6]
     closed = (clock(2.0, 50) - T0_NS) % 10**9 > 5 * 10**8
     last = np.searchsorted(clock(2.0, 50), commanded.time_ns, side="right") - 1
     want, here = closed[last][5:9].astype(float), commanded.path_rad[5, 6]
@@ -226,7 +226,7 @@ def test_statistics_of_commands(tmp_path, mode, with_gripper):
     write(tmp_path / "bags" / "a", "controller", more=gripper_messages())
     episode = only(tmp_path / "bags", action_mode=mode, state_topics={"width": "/width:data"} if with_gripper else None)
     stats, _ = compute_stats([episode], "imagenet", 5)
-    samples = ChunkDataset([episode], 5, images=False)
+    samples = ChunkDataset([episode], 5)
     batch = samples.__getitems__(range(len(samples)))
     rows = batch["action"][~batch["action_is_pad"]] if mode != "absolute" else batch["action"][:, 0]
     np.testing.assert_allclose(stats["action"]["mean"], rows.mean(axis=0, dtype=float), rtol=1e-4, atol=1e-7)

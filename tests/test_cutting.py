@@ -412,10 +412,10 @@ def test_parts_share_the_frames_of_their_recording(sessions):
     """On the device each recording's images are counted once, and a part's frames are found in them."""
     episodes, _ = load(settings(sessions, episodes="file"))
     stored = np.concatenate([open_pixels(e, "color") for e in (episodes[0], episodes[3], episodes[6])])
-    with_images, indices = (ChunkDataset(episodes, 4, images=images) for images in (True, False))
-    chosen = range(0, len(indices), 7)
-    shown = stored[indices.__getitems__(chosen)["image_index.color"]]
-    np.testing.assert_array_equal(shown, with_images.__getitems__(chosen)["observation.images.color"])
+    dataset = ChunkDataset(episodes, 4)
+    tables, chosen = dataset.tables(), range(0, len(dataset), 7)
+    shown = stored[tables["image.color"][tables["frame"][chosen]]]
+    np.testing.assert_array_equal(shown, dataset.__getitems__(chosen)["observation.images.color"])
 
 
 def test_image_statistics_are_of_the_frames_that_a_part_shows(sessions):

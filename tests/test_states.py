@@ -249,7 +249,7 @@ def test_chunks_have_the_acted_states_alone(tmp_path, mode):
     topics = {name: STATES[name] for name in ("force_z", "gripper")}
     wanted = settings(tmp_path / "bags", state_topics=topics, observed_only=["force_z"], action_mode=mode)
     (episode,), _ = load_episodes(wanted, 1, False)
-    sample = ChunkDataset([episode], 5, images=False)[3]
+    sample = ChunkDataset([episode], 5)[3]
     assert sample["observation.state"].shape == (8,) and sample["action"].shape == (5, 7)
     gripper = {"delta": np.cumsum(sample["action"][:, 6]) + episode.state[3, 7], "absolute": sample["action"][:, 6],
                "relative": sample["action"][:, 6] + episode.state[3, 7]}[mode]  # fmt: skip

@@ -264,6 +264,11 @@ class RobotContract:
         high = np.array([found[0] if found else np.inf for found in of])
         return -high, high
 
+    @property
+    def recorded_cameras(self) -> dict[str, tuple[int, int]]:
+        """Camera -> the size (H, W) of its pictures in training's recordings; the policy's where it is not known."""
+        return {c: next(iter(self.recorded_shapes.get(c, ())), shape) for c, shape in self.cameras.items()}
+
 
 def read_options_file(option: str, path: Path, known: Sequence[str]) -> dict[str, Any]:
     """The mapping that a YAML file for `--option FILE` holds; {} for an empty one.

@@ -137,16 +137,13 @@ def run(args: argparse.Namespace) -> int:
 
 def robot_options(args: argparse.Namespace, contract: Any, others: tuple[str, ...]) -> RobotOptions:
     """What the robot is told: also, for a simulated one, the size of the pictures that training recorded."""
-    cameras = {
-        camera: next(iter(contract.recorded_shapes.get(camera, ())), shape)
-        for camera, shape in contract.cameras.items()
-    }
     extra = {
         "seed": args.seed, "episode": args.episode, "person": args.shadow, "contract": contract,
         "commanding": not (args.dry_run or args.shadow),
     }  # fmt: skip
     extra |= {name: getattr(args, name) for robot in ("ros2", "rtde") for name in OPTIONS_OF[robot]}
-    return RobotOptions(args.command_hz, args.real_time, cameras, tuple(contract.state_topics) or others, extra)
+    states = tuple(contract.state_topics) or others
+    return RobotOptions(args.command_hz, args.real_time, contract.recorded_cameras, states, extra)
 
 
 def make_loop(
