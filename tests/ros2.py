@@ -23,7 +23,7 @@ import pytest
 
 from tests.checks import ROOT
 
-ROS2 = ROOT / ".ros2"
+ROS2 = Path(os.environ.get("ROS2_PACKAGES", ROOT / ".ros2"))  # tests/mutants.py names a checkout's
 INSTALLED = (ROS2 / "installed").exists()
 WHEELS_EXIST = sys.version_info[:2] == (3, 11) and platform.machine() == "x86_64"
 # CI has them where they exist: there a test that cannot run fails.
