@@ -146,7 +146,7 @@ class TrainingConfig:
     warmup_steps: int = setting(500, "steps of linear warm-up (scheduler: cosine)", low=0)
     min_lr: float = setting(1e-7, "learning rate of both groups at the last step (scheduler: cosine)", low=0.0)
     seed: int = setting(42, "of weights, sample order, dropout and the held-out episodes", low=0)
-    num_workers: int = setting(2, "data loader processes per GPU; 0 loads in the training process", low=0)
+    num_workers: int = setting(2, "workers per GPU that load batches ahead; 0: the training loop loads them", low=0)
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", low=1)
     save_freq: int = setting(1000, "steps between checkpoints (and validations)", low=1)
     keep_checkpoints: int | None = setting(None, "newest to keep besides last and best; null keeps all", low=1)

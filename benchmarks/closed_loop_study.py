@@ -95,7 +95,8 @@ def recorded_bags(out: Path) -> dict[int, Path]:
         folders[count].mkdir(exist_ok=True)
         for bag in bags[:count]:
             link = folders[count] / bag.name
-            if not link.is_symlink():
+            if not link.exists():
+                link.unlink(missing_ok=True)  # --out was moved: the link leads to where it was
                 link.symlink_to(bag.resolve())
     return folders
 

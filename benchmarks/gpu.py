@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
 import shutil
 import statistics
 import sys
@@ -162,10 +161,10 @@ def feeding(report: Report, options: argparse.Namespace) -> None:
             for _ in range(COUNT_ALONE):
                 trainer.prepare(next(batches))
             common.synchronize(trainer.world.device)
-            begin_s = own_cpu_s()
+            begin_s = time.process_time()
             for _ in range(COUNT_ALONE):
                 trainer.prepare(next(batches))
-            return 1e3 * (own_cpu_s() - begin_s) / COUNT_ALONE
+            return 1e3 * (time.process_time() - begin_s) / COUNT_ALONE
         finally:
             feed.end_loader(batches)
 
@@ -176,12 +175,6 @@ def feeding(report: Report, options: argparse.Namespace) -> None:
         report.note("Frames were not on the GPU: they do not fit, or there is none. Both rows of feeding are pixels.")
     for trainer in trainers.values():
         shutil.rmtree(trainer.output_dir)
-
-
-def own_cpu_s() -> float:
-    """CPU time of this process so far, all its threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 # -- whole runs ---------------------------------------------------------------------------------------------------

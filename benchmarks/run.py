@@ -22,7 +22,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from training import feed, graphs
 from training.device import has_fast_bf16
 
 WARM_UP_STEPS = 3
+BATCH_MS = 0.6  # of the training process, that a batch of 8 from the cache may take
 WARM_UP_INFERENCES = 10
 
 
@@ -174,19 +175,29 @@ def loader(options: argparse.Namespace) -> None:
     report = Report("loader")
     trainer = make_trainer(options, options.out / "loader", data__frames_on_device="never")
 
-    def through_loader(workers: int) -> float:
-        trainer.cfg.training.num_workers = workers
-        return samples_per_s(iter(trainer.start()), options)
+    def load(loader: Callable[..., Iterable[Any]], workers: int) -> tuple[float, float]:
+        trainer.start()
+        batches = iter(loader(trainer.dataset, trainer.stream, workers, pinned=False))
+        try:
+            return samples_per_s(batches, options)
+        finally:
+            feed.end_loader(batches)
 
-    def bare() -> float:
+    def bare() -> tuple[float, float]:
         trainer.start()
         return samples_per_s(map(trainer.dataset.__getitems__, trainer.stream), options)
 
-    measures = {"bare __getitems__": bare}
-    for workers in (0, 2):
-        measures[f"DataLoader, {workers} workers"] = functools.partial(through_loader, workers)
-    for name, rates in common.alternate(options.rounds, measures).items():
+    measures = {
+        "bare __getitems__": bare,
+        "0 workers": functools.partial(load, feed.processes, 0),
+        "2 threads": functools.partial(load, feed.Threads, 2),
+        "2 processes": functools.partial(load, feed.processes, 2),
+    }
+    for name, found in common.alternate(options.rounds, measures).items():
+        rates, cpu_ms = ([one[i] for one in found] for i in (0, 1))
         report.row(name, rates, "samples/s")
+        most = {"at_most": BATCH_MS} if "threads" in name else {}
+        report.row(f"{name}: a batch", cpu_ms, "CPU ms of the training process", **most)
     report.note(
         f"Batches of {options.batch_size}, {options.height}x{options.width}, in the shuffled order of training, from "
         f"{len(trainer.dataset)} samples; the cache's pixels are in the page cache."
@@ -194,15 +205,18 @@ def loader(options: argparse.Namespace) -> None:
     report.finish(options)
 
 
-def samples_per_s(batches: Iterator[Any], options: argparse.Namespace) -> float:
-    """The rate at which an endless iterator yields, over --seconds, after its first 20 batches."""
+def samples_per_s(batches: Iterator[Any], options: argparse.Namespace) -> tuple[float, float]:
+    """The rate at which an endless iterator yields, over --seconds, after its first 20 batches; CPU ms of a batch.
+
+    The CPU time is that of this process, all its threads.
+    """
     for _ in range(20):
         next(batches)
-    begin_s, samples = time.perf_counter(), 0
+    begin_s, begin_cpu_s, count = time.perf_counter(), time.process_time(), 0
     while (elapsed_s := time.perf_counter() - begin_s) < options.seconds:
         next(batches)
-        samples += options.batch_size
-    return samples / elapsed_s
+        count += 1
+    return options.batch_size * count / elapsed_s, 1e3 * (time.process_time() - begin_cpu_s) / count
 
 
 # -- step ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -136,6 +141,48 @@ def test_batches_cut_on_the_device_are_the_samples(tmp_path: Path, mode: str, co
     assert frames.chunks_are == kinds[mode]
     for name, values in wanted.items():
         assert got[name].dtype == values.dtype and torch.equal(got[name], values), name
+
+
+def in_cache(folder: Path) -> ChunkDataset:
+    """Samples whose pictures lie in the frame cache, 38 or so."""
+    write_bag(folder / "bags" / "a", make_take(seconds=1.5).messages())
+    return ChunkDataset(load(settings(folder / "bags", frames="cache"))[0], 5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_threads_load_is_in_order_and_the_same(tmp_path: Path, threads: int, monkeypatch):
+    """Bit for bit, and whichever of them is done first: here every other batch takes longer than the next ones."""
+    dataset, load_now, slow = in_cache(tmp_path), ChunkDataset.__getitems__, itertools.cycle((0.03, 0.0))
+    stream = SampleStream(len(dataset), 4, 0, 1, seed=0)
+    wanted = [feed.to_tensors(dataset.__getitems__(indices)) for indices in itertools.islice(stream, 12)]
+    monkeypatch.setattr(ChunkDataset, "__getitems__", lambda self, i: (time.sleep(next(slow)), load_now(self, i))[1])
+    loader = feed.make_loader(dataset, stream, threads, torch.device("cpu"))
+    assert isinstance(loader, feed.Threads)
+    batches = iter(loader)
+    for expected in wanted:
+        got = next(batches)
+        assert got.keys() == expected.keys()
+        assert all(got[name].dtype == of.dtype and torch.equal(got[name], of) for name, of in expected.items())
+    feed.end_loader(batches)
+
+
+def test_threads_end_with_the_loader_and_say_what_went_wrong(tmp_path: Path):
+    """...although the stream has work for ever; an error of theirs is raised where the batch is asked for."""
+    dataset = in_cache(tmp_path)
+    stream = SampleStream(len(dataset), 4, 0, 1, seed=0)
+    (pixels,) = (tmp_path / "cache").rglob("*.rgb")
+    for size, outcome in (
+        (pixels.stat().st_size, contextlib.nullcontext()),
+        (1, pytest.raises(OSError, match="short")),
+    ):
+        os.truncate(pixels, size)
+        batches = iter(feed.make_loader(dataset, stream, 2, torch.device("cpu")))
+        with outcome:
+            next(batches)
+        feed.end_loader(batches)
+        deadline_s = time.monotonic() + 10
+        while alive := [t.name for t in threading.enumerate() if t.name.startswith("loader")]:
+            assert time.monotonic() < deadline_s, alive
 
 
 def test_frames_stay_on_the_device_only_when_they_fit(sample_bags: Path, tmp_path: Path, monkeypatch, capsys):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -146,19 +149,30 @@ def make_loader(
     device: torch.device,
     frames: DeviceFrames | None = None,
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """Raw batches in the stream's order, as `num_workers` processes load them (0: this one does).
+    """Raw batches in the stream's order, which `num_workers` workers load ahead (0: none are, this thread loads them).
 
-    For DeviceFrames they are sample numbers alone, whatever num_workers is: to have them from a process would cost this
-    one thirty times what it costs to make them.
+    Workers are processes where pictures have to be decoded, and threads where they only have to be read: to have a
+    batch from a process costs this one many times what it costs to read it. For DeviceFrames batches are sample numbers
+    alone, whatever num_workers is.
     """
+    pinned = device.type == "cuda"
     if frames is not None:
-        return Numbers(stream, pinned=device.type == "cuda")
+        return Numbers(stream, pinned)
+    if num_workers and all(episode.source is None for episode in dataset.episodes):
+        return Threads(dataset, stream, num_workers, pinned)
+    return processes(dataset, stream, num_workers, pinned)
+
+
+def processes(
+    dataset: ChunkDataset, stream: SampleStream, num_workers: int, pinned: bool
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """Batches from processes, which have each an interpreter of their own; from this one if num_workers is 0."""
     return DataLoader(
         dataset,  # ty: ignore[invalid-argument-type] - rosbag_dataset knows no torch, so that it is no torch Dataset
         batch_sampler=stream,
         collate_fn=to_tensors,  # ty: ignore[invalid-argument-type] - torch's stubs know no __getitems__ of whole batches
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # making the iterator draws a seed; not from the global generator
     )
@@ -175,12 +189,44 @@ class Numbers:
             yield {"index": torch.tensor(indices, pin_memory=self.pinned)}
 
 
-def end_loader(batches: Iterator[Any]) -> None:
-    """End the processes behind a loader's iterator, whatever they are doing.
+class Threads:
+    """Batches that threads of this process load ahead, each from a copy of the dataset: two may not share its files."""
 
-    Left alone they would keep a failed run from ending: they ignore SIGTERM, which is the trainer's to answer, and at
-    its exit Python sends them just that and waits. A traceback that names the iterator keeps it from being collected.
+    AHEAD = 2  # batches of each thread that wait to be taken: torch's DataLoader has as many
+
+    def __init__(self, dataset: ChunkDataset, stream: SampleStream, threads: int, pinned: bool) -> None:
+        self.dataset, self.stream, self.threads, self.pinned = dataset, stream, threads, pinned
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        sent, own = pickle.dumps(self.dataset), threading.local()  # what a loader process is sent, too
+
+        def begin() -> None:
+            own.dataset = pickle.loads(sent)
+
+        def load(indices: list[int]) -> dict[str, torch.Tensor]:
+            batch = to_tensors(own.dataset.__getitems__(indices))
+            return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pinned else batch
+
+        pool = ThreadPoolExecutor(self.threads, "loader", begin)
+        ahead: deque[Future[dict[str, torch.Tensor]]] = deque()
+        try:
+            for indices in self.stream:
+                ahead.append(pool.submit(load, indices))
+                if len(ahead) > self.AHEAD * self.threads:
+                    yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def end_loader(batches: Iterator[Any]) -> None:
+    """End the processes or threads behind a loader's iterator, whatever they are doing.
+
+    Left alone, processes would keep a failed run from ending: they ignore SIGTERM, which is the trainer's to answer,
+    and at its exit Python sends them just that and waits. A traceback that names the iterator keeps it from being
+    collected.
     """
+    if isinstance(batches, Generator):
+        batches.close()
     if isinstance(batches, _MultiProcessingDataLoaderIter):
         try:
             batches._shutdown_workers()  # torch has no public way
