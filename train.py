@@ -298,6 +298,7 @@ class Trainer:
         opened = run_dir.open_output(self.output_dir, cfg.training.resume, overwrite) if world.is_main else None
         resume_from: Path | None = world.share(opened)
         device.allow_tf32()
+        device.keep_freed_memory()
         # What can be refused at once is, before an hour of decoding.
         if world.is_main:
             trackers.check_installed(cfg.wandb, cfg.mlflow)

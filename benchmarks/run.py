@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,10 +40,11 @@ from benchmarks import common
 from benchmarks.common import BenchmarkError, Report, say
 from lerobot_checkpoint import load_policy
 from rosbag_dataset import COMPRESSED_TYPE, IMAGE_TYPE, Bag, BagSettings, find_bags, load_episodes, typestore_for
-from training import feed, graphs
+from training import feed, graphs, metrics, trackers
 from training.device import has_fast_bf16
 
 WARM_UP_STEPS = 3
+COMPUTES = "import hashlib\nwhile True: hashlib.sha256(bytes(2**24))"  # a program that keeps a core busy, in C
 BATCH_MS = 0.6  # of the training process, that a batch of 8 from the cache may take
 WARM_UP_INFERENCES = 10
 
@@ -573,10 +575,62 @@ def inference_times_ms(options: argparse.Namespace) -> tuple[list[list[float]], 
     return took_ms, world.device
 
 
+# -- saving -------------------------------------------------------------------------------------------------------
+
+
+def saving(options: argparse.Namespace) -> None:
+    """What a checkpoint costs the loop: how long it stands, and how much slower its thread is while one is written."""
+    report = Report("saving")
+    trainer = make_trainer(options, options.out / "saving", data__frames_on_device="never")
+    trainer.train_step(synthetic_batch(trainer, options.batch_size))  # the optimizer has no state before
+    trainer.pace, trainer.trackers = metrics.Pace(), trackers.Trackers(trackers.NoTracker(), trackers.NoTracker())
+    small = torch.ones(64, device=trainer.world.device)
+
+    def launch(goes_on: Callable[[], bool]) -> tuple[float, float]:
+        """Small operations one by one, as a loop over a GPU launches them; -> (rate per s, longest pause in s)."""
+        begin_s = last_s = time.perf_counter()
+        count, longest_s = 0, 0.0
+        while goes_on():
+            for _ in range(20):
+                small.add(1)
+            now_s = time.perf_counter()
+            count, longest_s, last_s = count + 1, max(longest_s, now_s - last_s), now_s
+        return count / (last_s - begin_s), longest_s
+
+    def alone() -> float:
+        until_s = time.perf_counter() + options.seconds
+        return launch(lambda: time.perf_counter() < until_s)[0]
+
+    def one() -> tuple[float, ...]:
+        before = alone()
+        with subprocess.Popen([sys.executable, "-c", COMPUTES]) as other:
+            time.sleep(0.2)  # until it does
+            beside = alone()
+            other.kill()
+        trainer.step += 1
+        begin_s = time.perf_counter()
+        stands_s = common.seconds(lambda: trainer._save(validate=False))
+        rate, longest_s = launch(lambda: trainer.saver.busy)
+        trainer.saver.wait()
+        return stands_s, time.perf_counter() - begin_s, rate / before, rate / beside, longest_s
+
+    one()  # fresh memory, where later copies find theirs
+    stands_s, took_s, of_before, of_beside, longest_s = zip(*[one() for _ in range(options.rounds)], strict=True)
+    report.row("the loop stands", stands_s, "s")
+    report.row("longest pause of its thread while the checkpoint is written", [1e3 * s for s in longest_s], "ms")
+    report.row("its speed meanwhile, to that before", of_before, "x")
+    report.row("its speed meanwhile, to that beside another process that computes", of_beside, "x", at_least=0.95)
+    report.row("until the checkpoint is there", took_s, "s")
+    report.note(f"{trainer.parameters / 1e6:.1f} M parameters and AdamW's state, on {trainer.world.device}.")
+    shutil.rmtree(trainer.output_dir)
+    report.finish(options)
+
+
 # -- the command --------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "ingest": ingest, "loader": loader, "step": step, "train": train_stage, "memory": memory, "inference": inference,
+    "ingest": ingest, "loader": loader, "step": step, "train": train_stage, "memory": memory, "saving": saving,
+    "inference": inference,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import CheckpointError
-from .files import file_sha256, flush_directory, json_bytes, read_json
+from .files import file_sha256, flush, json_content, read_json
 from .layout import LISTED_FILES, MANIFEST_FILE, PRETRAINED_DIR, SCORE, TRAINING_DIR
 
 # -- which are there, and are they whole? -------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def set_score(checkpoint_dir: str | Path, score: float) -> None:
     path = Path(checkpoint_dir) / MANIFEST_FILE
     partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        partial.write_bytes(json_bytes({**read_json(path), SCORE: score}, MANIFEST_FILE))
+        json_content({**read_json(path), SCORE: score}, MANIFEST_FILE)(partial)
         os.replace(partial, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write the score ({error.strerror or error})") from error
@@ -152,7 +152,7 @@ def move_into_place(temporary: Path, final: Path) -> None:
         if old.exists():
             os.rename(old, final)
         raise
-    flush_directory(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -172,7 +172,7 @@ def point_link(output_dir: str | Path, name: str, checkpoint_dir: str | Path) ->
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, link)
-        flush_directory(link.parent)
+        flush(link.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""A policy as LeRobot's files: the bytes of everything in pretrained_model/.
+"""A policy as LeRobot's files: the content of everything in pretrained_model/.
 
 This room knows LeRobot's file formats: the fields of config.json, the processors of 0.4+, the names of the weights
 and of 0.3.2's normalisation buffers. lerobot_reading.py is its counterpart and goes by the same names.
-Must not know: the disk (bytes only), the training state, other checkpoints. Never imports lerobot: the tests compare
+Must not know: where these files go, the training state, other checkpoints. Never imports lerobot: the tests compare
 these files with what the real 0.3.2 and 0.4.4 write.
 """
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from act_model import ACT, ACTION, STATE, ACTConfig, describe_mismatch
 
 from .errors import CheckpointError
-from .files import json_bytes
+from .files import Content, json_content, tensors_content
 from .layout import (
     CONFIG_FILE,
     NORMALIZER_FILE,
@@ -49,7 +48,7 @@ def pretrained_files(
     stats: Stats,
     policy_fields: Mapping[str, Any],
     train_config: Mapping[str, Any],
-) -> dict[str, bytes]:
+) -> dict[str, Content]:
     """The contents of pretrained_model/ by file name.
 
     Args:
@@ -92,13 +91,13 @@ def pretrained_files(
     preprocessor, postprocessor = processors(config, image_shapes)
     action_stats = {key: t for key, t in flat_stats.items() if key.startswith(f"{ACTION}.")}
     return {
-        CONFIG_FILE: json_bytes(lerobot_config(config, image_shapes, dict(policy_fields)), CONFIG_FILE),
-        WEIGHTS_FILE: safetensors.torch.save(weights, metadata=dict(format="pt")),
-        PREPROCESSOR_FILE: json_bytes(preprocessor, PREPROCESSOR_FILE),
-        NORMALIZER_FILE: safetensors.torch.save(flat_stats),
-        POSTPROCESSOR_FILE: json_bytes(postprocessor, POSTPROCESSOR_FILE),
-        UNNORMALIZER_FILE: safetensors.torch.save(action_stats),
-        TRAIN_CONFIG_FILE: json_bytes(train_config, TRAIN_CONFIG_FILE),
+        CONFIG_FILE: json_content(lerobot_config(config, image_shapes, dict(policy_fields)), CONFIG_FILE),
+        WEIGHTS_FILE: tensors_content(weights, dict(format="pt")),
+        PREPROCESSOR_FILE: json_content(preprocessor, PREPROCESSOR_FILE),
+        NORMALIZER_FILE: tensors_content(flat_stats),
+        POSTPROCESSOR_FILE: json_content(postprocessor, POSTPROCESSOR_FILE),
+        UNNORMALIZER_FILE: tensors_content(action_stats),
+        TRAIN_CONFIG_FILE: json_content(train_config, TRAIN_CONFIG_FILE),
     }
 
 

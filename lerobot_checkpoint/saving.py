@@ -7,7 +7,6 @@ Must not know: LeRobot's formats, or what becomes of a checkpoint afterwards.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -16,17 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from act_model import ACTConfig
 
 from .directory import link_best, move_into_place, point_link, prune
 from .errors import CheckpointError
-from .files import flush_directory, json_bytes
+from .files import Content, file_sha256, flush, json_content
 from .layout import MANIFEST_FILE, PRETRAINED_DIR, SCORE, TRAINING_DIR, TRAINING_STATE_FILE, checkpoint_name
 from .lerobot_writing import pretrained_files
 from .normalisation import Stats, checked_stats, stats_shapes
-from .training_state import training_state_bytes
+from .training_state import training_state_content
 
 
 def save_checkpoint(
@@ -69,14 +69,11 @@ def save_checkpoint(
     final = output_dir / checkpoint_name(step, total_steps)
     temporary = output_dir / f".tmp-{final.name}-{os.getpid()}"
 
-    # All contents first: what is wrong with them is known before the disk is touched, and the manifest's hashes are
-    # of what was meant to be written.
+    # All contents first: what is wrong with them is known before the disk is touched.
     stats = checked_stats(stats, stats_shapes(act_config), "stats")
     pretrained = pretrained_files(model_state, act_config, image_shapes, stats, policy_fields, train_config)
-    contents: dict[str, bytes | memoryview] = {f"{PRETRAINED_DIR}/{n}": c for n, c in pretrained.items()}
-    contents[TRAINING_STATE_FILE] = training_state_bytes(training_state)
-    listing = {n: dict(bytes=len(c), sha256=hashlib.sha256(c).hexdigest()) for n, c in contents.items()}
-    contents[MANIFEST_FILE] = json_bytes({"step": step, SCORE: score, "files": listing}, MANIFEST_FILE)
+    contents: dict[str, Content] = {f"{PRETRAINED_DIR}/{n}": c for n, c in pretrained.items()}
+    contents[TRAINING_STATE_FILE] = training_state_content(training_state)
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,16 +81,16 @@ def save_checkpoint(
             shutil.rmtree(temporary)
         for folder in (PRETRAINED_DIR, TRAINING_DIR):
             (temporary / folder).mkdir(parents=True)
-        for name, content in contents.items():
-            with open(temporary / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for folder in (temporary / PRETRAINED_DIR, temporary / TRAINING_DIR, temporary):
-            flush_directory(folder)
+        for name, write in contents.items():
+            write(temporary / name)
+        files = {name: temporary / name for name in contents}
+        listing = {n: dict(bytes=file.stat().st_size, sha256=file_sha256(file)) for n, file in files.items()}
+        json_content({"step": step, SCORE: score, "files": listing}, MANIFEST_FILE)(temporary / MANIFEST_FILE)
+        for written in (*contents, MANIFEST_FILE, PRETRAINED_DIR, TRAINING_DIR, "."):
+            flush(temporary / written)
         move_into_place(temporary, final)
     except OSError as error:
-        size = sum(map(len, contents.values())) / 2**20
+        size = size_bytes([model_state, training_state]) / 2**20
         raise CheckpointError(
             f"{final}: not written ({error.strerror or error}); it needs {size:.0f} MiB; "
             "make room or choose another output directory; earlier checkpoints are untouched"
@@ -114,6 +111,7 @@ class CheckpointSaver:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._copies: Any = None  # of what was saved last; the next ones are made in the same memory
 
     def submit(
         self,
@@ -139,7 +137,9 @@ class CheckpointSaver:
             Exception: the error of an earlier save.
         """
         self.wait()
-        copied = to_cpu_copy(contents)
+        copied = self._copies = host_copy(contents, self._copies)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
 
         def save() -> None:
             try:
@@ -155,6 +155,11 @@ class CheckpointSaver:
 
         self._thread = threading.Thread(target=save, name=f"save-{step}")
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
         """Raise the error of a save that has failed, once; never waits."""
@@ -178,12 +183,33 @@ class CheckpointSaver:
         self.check()
 
 
-def to_cpu_copy(value: Any) -> Any:
-    """The same nested dicts, lists and tuples, with every tensor copied to CPU memory of its own."""
+def host_copy(value: Any, into: Any = None) -> Any:
+    """The same nested dicts, lists and tuples, with every tensor copied to CPU memory of its own.
+
+    Tensors of an earlier copy, `into`, are written over where they are alike: fresh memory costs several times what
+    copying does. From a GPU they are still on their way when this returns.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        if not (isinstance(into, Tensor) and _layout(into) == _layout(value)):
+            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return into.copy_(value.detach(), non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to_cpu_copy(item) for key, item in value.items()}
+        earlier = into if isinstance(into, dict) else {}
+        return {key: host_copy(item, earlier.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(to_cpu_copy(item) for item in value)
+        earlier = into if isinstance(into, (list, tuple)) and len(into) == len(value) else [None] * len(value)
+        return type(value)(map(host_copy, value, earlier))
     return value
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def size_bytes(value: Any) -> int:
+    """What the tensors in nested dicts, lists and tuples take."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(size_bytes, value.values()))
+    return sum(map(size_bytes, value)) if isinstance(value, (list, tuple)) else 0

@@ -7,7 +7,8 @@ Must not know: what the entries mean; that is the training loop's business.
 
 from __future__ import annotations
 
-import io
+import errno
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, first_line
+from .files import Content, refusals
 from .layout import TRAINING_STATE_FILE
 
 
-def training_state_bytes(state: Mapping[str, Any]) -> memoryview:
+def training_state_content(state: Mapping[str, Any]) -> Content:
     """The content of training_state.pt.
 
     Args:
@@ -44,9 +46,15 @@ def training_state_bytes(state: Mapping[str, Any]) -> memoryview:
             )
 
     check(state, "training_state")
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getbuffer()
+
+    def write(path: Path) -> None:
+        with refusals(path):
+            torch.save(dict(state), path)
+        # What closing the file could not write any more goes unnoticed by torch; the list of contents is at its end.
+        if not zipfile.is_zipfile(path):
+            raise OSError(errno.EIO, "it is cut short", str(path))
+
+    return write
 
 
 def load_training_state(checkpoint_dir: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:

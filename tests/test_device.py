@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch._inductor.config
 import train
 from lerobot_checkpoint import load_training_state
 from tests.test_augment import AUGMENTED
-from tests.tiny import arguments, assert_same_run, metrics, run, trainer, weights
+from tests.tiny import ROOT, arguments, assert_same_run, metrics, run, trainer, weights
 from training import device
 
 BF16 = {"training__precision": "bf16"}
@@ -89,3 +91,27 @@ def test_a_compiler_that_fails_is_one_line(sample_bags: Path, tmp_path: Path, mo
     monkeypatch.setattr(train.ACT, "forward", lambda self, batch: tiny(batch["observation.state"]))
     assert train.main(arguments(sample_bags, tmp_path, training__compile="true")) == 1
     assert "error: training.compile: true: torch.compile failed (" in capsys.readouterr().err
+
+
+FREED = """
+import resource, torch
+from training import device
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**21) for _ in range(10)]  # 8 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(), faults()
+given_back = faults()
+device.keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+
+
+def test_a_step_finds_the_memory_that_the_last_one_freed():
+    """By page faults: there are next to none, where each block was taken from the system page by page."""
+    command = [sys.executable, "-c", FREED]
+    given_back, kept = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.split())
+    assert kept < given_back / 4, (kept, given_back)

@@ -13,7 +13,7 @@ import lerobot_checkpoint
 import train
 from lerobot_checkpoint import file_sha256, load_training_state, saving
 from lerobot_checkpoint.layout import MANIFEST_FILE, TRAINING_STATE_FILE
-from lerobot_checkpoint.training_state import training_state_bytes
+from lerobot_checkpoint.training_state import training_state_content
 from tests.tiny import arguments, error_line, metrics, run, run_process, start, wait_for_step
 
 
@@ -121,7 +121,7 @@ def test_a_run_from_before_scores_keeps_its_best(sample_bags: Path, tmp_path: Pa
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
         del manifest["score"]
         state = load_training_state(checkpoint) | {"best_l1": 1e-6}
-        (checkpoint / TRAINING_STATE_FILE).write_bytes(training_state_bytes(state))
+        training_state_content(state)(checkpoint / TRAINING_STATE_FILE)
         size = (checkpoint / TRAINING_STATE_FILE).stat().st_size
         manifest["files"][TRAINING_STATE_FILE] = {
             "bytes": size,

@@ -16,6 +16,7 @@ import torch
 import lerobot_checkpoint as checkpoints
 from act_model import ACT
 from lerobot_checkpoint import CheckpointError, load_policy, save_checkpoint
+from lerobot_checkpoint.saving import host_copy
 from tests.checkpoints import run
 
 __all__ = ["run"]  # fixture
@@ -48,6 +49,43 @@ def test_channels_last_weights_are_stored_plain(run, tmp_path):
     save_checkpoint(tmp_path, 1, **{**run, "model_state": model.state_dict()})
     loaded = load_policy(tmp_path).model.state_dict()
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in run["model_state"].items())
+
+
+def test_all_files_can_be_read_by_whom_new_files_can(run, tmp_path):
+    """safetensors makes files for their owner alone; a checkpoint may be another user's to run, or a container's."""
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(tmp_path, 1, **run)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.rglob("*") if file.is_file()} == {"0o640"}
+
+
+def test_what_is_saved_in_the_background_is_what_was_there(run, tmp_path):
+    """...when it was asked for, whatever becomes of the tensors; again with the next save, in the same memory."""
+    saver, bias = checkpoints.CheckpointSaver(), run["model_state"]["action_head.bias"]
+    stored = []
+    for step in (1, 2):
+        bias.fill_(step)
+        saver.submit(tmp_path, step, **run)
+        bias.fill_(-1)
+        copies = saver._copies["model_state"]["action_head.bias"]
+        stored.append(copies.data_ptr())
+        saver.wait()
+    assert stored[0] == stored[1]
+    paths = checkpoints.list_checkpoints(tmp_path)
+    assert [load_policy(path).model.action_head.bias[0].item() for path in paths] == [1, 2]
+
+
+def test_copies_are_made_anew_where_a_tensor_has_changed():
+    """Another shape, another kind of number, another order in memory, one more, one less."""
+    first = {"a": torch.ones(3), "b": [torch.ones(2, 2), 5], "c": torch.ones(1), "d": (torch.ones(2, 2),)}
+    second = {"a": torch.zeros(4), "b": [torch.zeros(2, 2).t(), 6], "d": (torch.zeros(2, 2).double(), torch.zeros(1))}
+    copied = host_copy(second, host_copy(first))
+    assert copied.keys() == second.keys() and copied["b"][1] == 6
+    pairs = zip((copied["a"], copied["b"][0], *copied["d"]), (second["a"], second["b"][0], *second["d"]), strict=True)
+    for copy, tensor in pairs:
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and copy.data_ptr() != tensor.data_ptr()
 
 
 def test_steps_sort_beyond_six_digits(run, tmp_path):
@@ -215,6 +253,20 @@ def test_kill_at_random_moments(tmp_path):
         """,
         tmp_path / "out",
     )
+
+
+def test_an_end_that_torch_could_not_write_is_noticed(run, tmp_path, monkeypatch):
+    """It closes its file without a look at whether the last bytes were taken. (Staged: the last 100 are cut off.)"""
+    save = torch.save
+
+    def cut(state: object, path: Path) -> None:
+        save(state, path)
+        os.truncate(path, path.stat().st_size - 100)
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(CheckpointError, match="checkpoint_000001: not written .it is cut short"):
+        save_checkpoint(tmp_path, 1, **run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_leaves_earlier_checkpoints_alone(run, tmp_path):
