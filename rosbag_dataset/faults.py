@@ -6,6 +6,7 @@ Must not know: why they came, and what is done about them: they are counted and 
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 Faults = dict[str, tuple[int, int, int]]  # kind -> (how many, time in ns of the first, of the last)
@@ -15,6 +16,7 @@ BLACK_BELOW, WHITE_ABOVE = 16, 239  # no pixel is brighter, or none darker
 # camera has that often (a bar below, a scene that stands still in a video), it is how its pictures are.
 TORN_ROWS, TORN_OFTEN = 1 / 16, 0.05
 TORN_LEVELS = 8  # the mean change above rows that stayed: a scene that moves, and not only an arm in it
+SPARSE, ROWS = 16, 64  # what is looked at first of a picture: every 16th row; 64 rows from below
 FROZEN_RAD = 0.05  # pictures that are equal bit by bit are frozen if a joint turns by more meanwhile: no camera's are
 
 
@@ -28,12 +30,15 @@ class PictureWatch:
 
     def add(self, time_ns: int, image: np.ndarray) -> None:
         """Look at the next one, (H, W, 3) uint8; it must not be changed afterwards."""
-        black, white = int(image.max()) < BLACK_BELOW, int(image.min()) > WHITE_ABOVE
+        some = image[::SPARSE]  # nearly every picture shows here already that it is neither
+        black = int(some.max()) < BLACK_BELOW and int(image.max()) < BLACK_BELOW
+        white = int(some.min()) > WHITE_ABOVE and int(image.min()) > WHITE_ABOVE
         before = self._before if self._before is not None else ~image
         same = _rows_from_below(image, before)
         torn = _rows_from_below(image, image[-1:, -1:]) >= TORN_ROWS * len(image)
         if not torn and len(image) * TORN_ROWS <= same < len(image):
-            torn = float(np.abs(image[:-same] - before[:-same].astype(np.int16)).mean()) > TORN_LEVELS
+            above = image[:-same]
+            torn = cv2.norm(above, before[:-same], cv2.NORM_L1) / above.size > TORN_LEVELS
         self._times_ns.append(time_ns)
         self._kinds.append((black, white, torn and not (black or white), same == len(image)))
         self._before = image
@@ -60,8 +65,13 @@ def _rows_from_below(image: np.ndarray, other: np.ndarray) -> int:
     """How many of an image's last rows are equal to those of another one, or to its only pixel."""
     if not (image[-1] == other[-1]).all():
         return 0
-    differ = np.flatnonzero((image != other).any(axis=(1, 2)))
-    return len(image) - 1 - int(differ[-1]) if len(differ) else len(image)
+    for stop in range(len(image), 0, -ROWS):
+        first = max(0, stop - ROWS)
+        differ = image[first:stop] != (other if len(other) == 1 else other[first:stop])
+        rows = np.flatnonzero(differ.reshape(stop - first, -1).any(axis=1))
+        if len(rows):
+            return len(image) - 1 - first - int(rows[-1])
+    return len(image)
 
 
 def _turned(joint_rad: np.ndarray) -> float:
