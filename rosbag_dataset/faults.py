@@ -50,9 +50,12 @@ class PictureWatch:
         torn &= ~same & (torn.mean() <= TORN_OFTEN if len(torn) else False)
         frozen = np.zeros(len(times), bool)
         edges = np.flatnonzero(np.diff(np.concatenate(([0], same.view(np.int8), [0])))).reshape(-1, 2)
+        order = np.argsort(joint_time_ns, kind="stable")  # so that a run costs nothing of the rest: there may be many
+        sorted_ns = joint_time_ns[order]
         for first, stop in edges:  # the picture before a run is the one that it shows
-            inside = (joint_time_ns >= times[first - 1]) & (joint_time_ns <= times[stop - 1])
-            frozen[first:stop] = _turned(joint_rad[inside]) > FROZEN_RAD
+            begin = np.searchsorted(sorted_ns, times[first - 1])
+            end = np.searchsorted(sorted_ns, times[stop - 1], side="right")
+            frozen[first:stop] = _turned(joint_rad[order[begin:end]]) > FROZEN_RAD
         found = {"black": black, "white": white, "torn": torn, "frozen": frozen & ~black & ~white}
         return {
             kind: (int(which.sum()), int(times[which].min()), int(times[which].max()))

@@ -554,7 +554,7 @@ MUTANTS = [
            "if (v[0] <= allowed or not allowed) and v[1] and t not in others", "if t not in others",
            "test_topics.py::test_all_settings_that_do_not_fit_are_one_message"),
     Mutant("faults: a camera without noise is frozen when the arm rests", "rosbag_dataset/faults.py",
-           "_turned(joint_rad[inside]) > FROZEN_RAD", "True",
+           "_turned(joint_rad[order[begin:end]]) > FROZEN_RAD", "True",
            "test_faults.py::test_equal_pictures_of_an_arm_that_rests"),
     Mutant("faults: a scene that stands still is torn", "rosbag_dataset/faults.py",
            " > TORN_LEVELS", " >= 0",
