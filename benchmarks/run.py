@@ -44,9 +44,9 @@ from training import feed, graphs, metrics, trackers
 from training.device import has_fast_bf16
 
 WARM_UP_STEPS = 3
-COMPUTES = "import hashlib\nwhile True: hashlib.sha256(bytes(2**24))"  # a program that keeps a core busy, in C
-BATCH_MS = 0.6  # of the training process, that a batch of 8 from the cache may take
 WARM_UP_INFERENCES = 10
+BATCH_MS = 0.6  # of the training process, that a batch of 8 from the cache may take
+COMPUTES = "import hashlib\nwhile True: hashlib.sha256(bytes(2**24))"  # a program that keeps a core busy, in C
 
 
 # -- ingest -------------------------------------------------------------------------------------------------------
@@ -588,14 +588,12 @@ def saving(options: argparse.Namespace) -> None:
 
     def launch(goes_on: Callable[[], bool]) -> tuple[float, float]:
         """Small operations one by one, as a loop over a GPU launches them; -> (rate per s, longest pause in s)."""
-        begin_s = last_s = time.perf_counter()
-        count, longest_s = 0, 0.0
-        while goes_on():
+        times_s = [time.perf_counter()]
+        while len(times_s) == 1 or goes_on():
             for _ in range(20):
                 small.add(1)
-            now_s = time.perf_counter()
-            count, longest_s, last_s = count + 1, max(longest_s, now_s - last_s), now_s
-        return count / (last_s - begin_s), longest_s
+            times_s.append(time.perf_counter())
+        return (len(times_s) - 1) / (times_s[-1] - times_s[0]), max(np.diff(times_s))
 
     def alone() -> float:
         until_s = time.perf_counter() + options.seconds

@@ -65,8 +65,8 @@ def targets(content: dict) -> set[str]:
 
 
 def test_stages_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """ingest (on bags of its own recording), loader, step, inference: tables and JSON are there and agree."""
-    stages = ["ingest", "loader", "step", "inference"]
+    """ingest (on bags of its own recording), loader, step, saving, inference: tables and JSON are there and agree."""
+    stages = ["ingest", "loader", "step", "saving", "inference"]
     assert run.main([*stages, *arguments(tmp_path, "--seconds=0.05", "--peak-tflops=1")]) == 0
     printed = capsys.readouterr().out
     contents = {stage: results(tmp_path, stage) for stage in stages}

@@ -79,13 +79,17 @@ def test_what_is_saved_in_the_background_is_what_was_there(run, tmp_path):
 
 def test_copies_are_made_anew_where_a_tensor_has_changed():
     """Another shape, another kind of number, another order in memory, one more, one less."""
-    first = {"a": torch.ones(3), "b": [torch.ones(2, 2), 5], "c": torch.ones(1), "d": (torch.ones(2, 2),)}
-    second = {"a": torch.zeros(4), "b": [torch.zeros(2, 2).t(), 6], "d": (torch.zeros(2, 2).double(), torch.zeros(1))}
+    first = {"a": torch.ones(3), "b": [torch.ones(2, 3), torch.ones(2), 5], "c": torch.ones(1), "d": (torch.ones(1),)}
+    second = {"a": torch.zeros(4), "b": [torch.zeros(3, 2).t(), torch.zeros(2).double(), 6],
+              "d": (torch.zeros(1), torch.zeros(1))}  # fmt: skip
     copied = host_copy(second, host_copy(first))
-    assert copied.keys() == second.keys() and copied["b"][1] == 6
-    pairs = zip((copied["a"], copied["b"][0], *copied["d"]), (second["a"], second["b"][0], *second["d"]), strict=True)
+    assert copied.keys() == second.keys() and copied["b"][2] == 6
+    pairs = zip(
+        (copied["a"], *copied["b"][:2], *copied["d"]), (second["a"], *second["b"][:2], *second["d"]), strict=True
+    )
     for copy, tensor in pairs:
-        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and copy.data_ptr() != tensor.data_ptr()
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and copy.stride() == tensor.stride()
+        assert copy.data_ptr() != tensor.data_ptr()
 
 
 def test_steps_sort_beyond_six_digits(run, tmp_path):

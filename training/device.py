@@ -61,7 +61,7 @@ def allow_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
-KEPT_BYTES = 2**30  # of freed memory; a step of the default model frees more than a GB
+KEPT_BYTES = 2**30  # of freed memory, at the most
 LARGEST_KEPT_BYTES = 32 * 2**20  # of a block; glibc takes no larger value
 
 
@@ -69,8 +69,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep the memory that a step frees for the next one, instead of giving it back to the system.
 
     Else each step on a CPU gets its activations anew, in pages of 4 KB that the system first fills with zeros, which
-    is a tenth of the step. The most that a run needs at a time stays what it was. See mallopt(3); done where the C
-    library is glibc.
+    is a tenth of the step. See mallopt(3); done where the C library is glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and sys.platform == "linux":

@@ -149,7 +149,7 @@ def make_loader(
     device: torch.device,
     frames: DeviceFrames | None = None,
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """Raw batches in the stream's order, which `num_workers` workers load ahead (0: none are, this thread loads them).
+    """Raw batches in the stream's order; `num_workers` workers load them ahead (0: each is loaded when asked for).
 
     Workers are processes where pictures have to be decoded, and threads where they only have to be read: to have a
     batch from a process costs this one many times what it costs to read it. For DeviceFrames batches are sample numbers
